@@ -1,0 +1,27 @@
+//! # pvkit-protocol
+//!
+//! The one truth that both halves of pvkit obey: every wire format, register
+//! and feature bit, and the arithmetic on them. Nothing in here touches a
+//! device or memory, and nothing allocates.
+//!
+//! A tour:
+//!
+//! - [`virtio`]: feature bits and device status, the [`split`](virtio::split)
+//!   ring, the [`mmio`](virtio::mmio) transport's registers, and one module per
+//!   device ([`block`](virtio::block)).
+//! - [`emulated`]: the devices of old that a virtual machine is born with, such
+//!   as the [`ata`](emulated::ata) disk interface of a PIIX3 chip.
+//! - [`pci`]: configuration mechanism 1 and the type 0 configuration header.
+//! - [`pvh`]: how a virtual machine monitor starts an ELF image.
+//!
+//! Structures that lie in shared memory derive the `zerocopy` traits and use
+//! little-endian field types, so that they have the same bytes on every
+//! machine. Constants name the section of the document that defines them;
+//! "virtio 1.3 §…" is the OASIS Virtual I/O Device Specification, version 1.3.
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod emulated;
+pub mod pci;
+pub mod pvh;
+pub mod virtio;

@@ -1,0 +1,148 @@
+//! PCI configuration space and configuration mechanism 1 (PCI Local Bus
+//! Specification 3.0, §3.2.2.3 and §6).
+
+/// Port of the 32-bit configuration address.
+pub const CONFIG_ADDRESS: u16 = 0xcf8;
+/// First of the four ports of configuration data.
+pub const CONFIG_DATA: u16 = 0xcfc;
+/// Bit of [`CONFIG_ADDRESS`]: accesses to [`CONFIG_DATA`] go to configuration space.
+pub const CONFIG_ENABLE: u32 = 1 << 31;
+/// Bytes of a function's configuration space.
+pub const CONFIG_BYTES: usize = 256;
+/// Slots of a bus.
+pub const SLOTS: u8 = 32;
+/// Functions of a slot.
+pub const FUNCTIONS: u8 = 8;
+/// What reads of absent functions return in `vendor`.
+pub const NO_VENDOR: u16 = 0xffff;
+
+/// A function's place: bus, slot and function number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bdf {
+    /// Bus, 0 to 255.
+    pub bus: u8,
+    /// Slot (the specification says device), 0 to 31.
+    pub slot: u8,
+    /// Function, 0 to 7.
+    pub function: u8,
+}
+
+impl Bdf {
+    /// A function of bus 0. Only the low 5 bits of `slot` and the low 3 of
+    /// `function` count.
+    #[must_use]
+    pub const fn new(slot: u8, function: u8) -> Self {
+        Self {
+            bus: 0,
+            slot: slot & 31,
+            function: function & 7,
+        }
+    }
+
+    /// The value for [`CONFIG_ADDRESS`] that names the 32-bit word at `offset`.
+    #[must_use]
+    pub const fn config_address(self, offset: u8) -> u32 {
+        CONFIG_ENABLE
+            | (self.bus as u32) << 16
+            | (self.slot as u32) << 11
+            | (self.function as u32) << 8
+            | (offset & 0xfc) as u32
+    }
+
+    /// Takes a value of [`CONFIG_ADDRESS`] apart into function and offset, or
+    /// `None` if [`CONFIG_ENABLE`] is not set.
+    #[must_use]
+    pub const fn from_config_address(address: u32) -> Option<(Self, u8)> {
+        if address & CONFIG_ENABLE == 0 {
+            return None;
+        }
+        let place = Self {
+            bus: (address >> 16) as u8,
+            slot: (address >> 11) as u8 & 31,
+            function: (address >> 8) as u8 & 7,
+        };
+        Some((place, address as u8 & 0xfc))
+    }
+}
+
+/// Offsets in a type 0 header (§6.1).
+pub mod header {
+    /// 16 bits.
+    pub const VENDOR: u8 = 0x00;
+    /// 16 bits.
+    pub const DEVICE: u8 = 0x02;
+    /// 16 bits, [`Command`](super::Command).
+    pub const COMMAND: u8 = 0x04;
+    /// 16 bits.
+    pub const STATUS: u8 = 0x06;
+    /// 8 bits.
+    pub const REVISION: u8 = 0x08;
+    /// 8 bits: programming interface.
+    pub const PROG_IF: u8 = 0x09;
+    /// 8 bits.
+    pub const SUBCLASS: u8 = 0x0a;
+    /// 8 bits.
+    pub const CLASS: u8 = 0x0b;
+    /// 8 bits; bit 7: the slot has several functions.
+    pub const HEADER_TYPE: u8 = 0x0e;
+    /// 32 bits each: six base address registers.
+    pub const BAR0: u8 = 0x10;
+    /// 16 bits.
+    pub const SUBSYSTEM_VENDOR: u8 = 0x2c;
+    /// 16 bits.
+    pub const SUBSYSTEM: u8 = 0x2e;
+    /// 8 bits: offset of the first capability.
+    pub const CAPABILITIES: u8 = 0x34;
+    /// 8 bits: the line that firmware routed the interrupt to.
+    pub const INTERRUPT_LINE: u8 = 0x3c;
+    /// 8 bits: 0 for none, 1 for INTA# to 4 for INTD#.
+    pub const INTERRUPT_PIN: u8 = 0x3d;
+
+    /// Bit of [`HEADER_TYPE`]: look at functions 1 to 7 too.
+    pub const MULTI_FUNCTION: u8 = 0x80;
+
+    /// Offset of base address register `index` (0 to 5).
+    #[must_use]
+    pub const fn bar(index: u8) -> u8 {
+        BAR0 + 4 * index
+    }
+}
+
+bitflags::bitflags! {
+    /// The command register (§6.2.2).
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+    pub struct Command: u16 {
+        /// The function answers in port space.
+        const IO = 1;
+        /// The function answers in memory space.
+        const MEMORY = 2;
+        /// The function may read and write memory.
+        const BUS_MASTER = 4;
+        /// The function must not drive its INTx pin.
+        const INTX_DISABLE = 1 << 10;
+    }
+}
+
+/// Bit 0 of a base address register: it decodes ports (§6.2.5.1).
+pub const BAR_IO: u32 = 1;
+/// Address bits of a port base address register.
+pub const BAR_IO_MASK: u32 = !0b11;
+/// Address bits of a memory base address register.
+pub const BAR_MEMORY_MASK: u32 = !0b1111;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn config_address_round_trips() {
+        let place = Bdf {
+            bus: 3,
+            slot: 31,
+            function: 7,
+        };
+        assert_eq!(place.config_address(0x3d), 0x8003_ff3c);
+        assert_eq!(Bdf::from_config_address(0x8003_ff3c), Some((place, 0x3c)));
+        assert_eq!(Bdf::from_config_address(0x0003_ff3c), None);
+    }
+}

@@ -1,0 +1,279 @@
+//! Every layout and number of ours against independent crates: the Linux
+//! headers as `virtio-bindings` gives them, and `linux-loader`'s PVH
+//! structures.
+
+use pvkit_protocol::pvh;
+use pvkit_protocol::virtio::block::{
+    BlockConfig, BlockFeatures, Geometry, ID_BYTES, RequestHeader, RequestType, Topology, status,
+};
+use pvkit_protocol::virtio::split::{self, Descriptor, DescriptorFlags, QueueSize, UsedElement};
+use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
+use std::mem::{offset_of, size_of};
+use virtio_bindings::bindings::virtio_blk::{virtio_blk_config, virtio_blk_outhdr};
+use virtio_bindings::bindings::virtio_ring::{vring_desc, vring_used_elem};
+use virtio_bindings::{
+    virtio_blk as blk, virtio_config as cfg, virtio_mmio as reg, virtio_ring as ring,
+};
+
+#[test]
+fn split_ring() {
+    assert_eq!(size_of::<Descriptor>(), size_of::<vring_desc>());
+    assert_eq!(offset_of!(Descriptor, len), offset_of!(vring_desc, len));
+    assert_eq!(offset_of!(Descriptor, flags), offset_of!(vring_desc, flags));
+    assert_eq!(offset_of!(Descriptor, next), offset_of!(vring_desc, next));
+    assert_eq!(size_of::<UsedElement>(), size_of::<vring_used_elem>());
+    assert_eq!(
+        offset_of!(UsedElement, len),
+        offset_of!(vring_used_elem, len)
+    );
+
+    assert_eq!(
+        u32::from(DescriptorFlags::NEXT.bits()),
+        ring::VRING_DESC_F_NEXT
+    );
+    assert_eq!(
+        u32::from(DescriptorFlags::WRITE.bits()),
+        ring::VRING_DESC_F_WRITE
+    );
+    assert_eq!(
+        u32::from(DescriptorFlags::INDIRECT.bits()),
+        ring::VRING_DESC_F_INDIRECT
+    );
+    assert_eq!(
+        u32::from(split::AVAIL_F_NO_INTERRUPT),
+        ring::VRING_AVAIL_F_NO_INTERRUPT
+    );
+    assert_eq!(
+        u32::from(split::USED_F_NO_NOTIFY),
+        ring::VRING_USED_F_NO_NOTIFY
+    );
+    assert_eq!(split::DESCRIPTOR_ALIGN as u32, ring::VRING_DESC_ALIGN_SIZE);
+    assert_eq!(split::AVAIL_ALIGN as u32, ring::VRING_AVAIL_ALIGN_SIZE);
+    assert_eq!(split::USED_ALIGN as u32, ring::VRING_USED_ALIGN_SIZE);
+
+    // The flexible arrays of `struct vring_avail` and `struct vring_used`.
+    assert_eq!(split::AVAIL_IDX, offset_of!(ring::vring_avail, idx));
+    assert_eq!(split::AVAIL_RING, offset_of!(ring::vring_avail, ring));
+    assert_eq!(split::USED_IDX, offset_of!(ring::vring_used, idx));
+    assert_eq!(split::USED_RING, offset_of!(ring::vring_used, ring));
+    for power in 0..16 {
+        let size = QueueSize::new(1 << power).unwrap();
+        let n = usize::from(size.get());
+        assert_eq!(
+            size.used_event_offset(),
+            offset_of!(ring::vring_avail, ring) + 2 * n
+        );
+        assert_eq!(
+            size.avail_event_offset(),
+            offset_of!(ring::vring_used, ring) + 8 * n
+        );
+        assert_eq!(size.avail_bytes(), size.used_event_offset() + 2);
+        assert_eq!(size.used_bytes(), size.avail_event_offset() + 2);
+        assert_eq!(size.descriptor_bytes(), n * size_of::<vring_desc>());
+    }
+}
+
+#[test]
+fn features_and_status() {
+    for (ours, theirs) in [
+        (Features::INDIRECT_DESC, ring::VIRTIO_RING_F_INDIRECT_DESC),
+        (Features::EVENT_IDX, ring::VIRTIO_RING_F_EVENT_IDX),
+        (Features::VERSION_1, cfg::VIRTIO_F_VERSION_1),
+        (Features::ACCESS_PLATFORM, cfg::VIRTIO_F_ACCESS_PLATFORM),
+        (Features::RING_PACKED, cfg::VIRTIO_F_RING_PACKED),
+        (Features::IN_ORDER, cfg::VIRTIO_F_IN_ORDER),
+        (Features::ORDER_PLATFORM, cfg::VIRTIO_F_ORDER_PLATFORM),
+        (Features::SR_IOV, cfg::VIRTIO_F_SR_IOV),
+        (Features::NOTIFICATION_DATA, cfg::VIRTIO_F_NOTIFICATION_DATA),
+        (Features::NOTIF_CONFIG_DATA, cfg::VIRTIO_F_NOTIF_CONFIG_DATA),
+        (Features::RING_RESET, cfg::VIRTIO_F_RING_RESET),
+        (Features::ADMIN_VQ, cfg::VIRTIO_F_ADMIN_VQ),
+    ] {
+        assert_eq!(ours.bits(), 1 << theirs, "{ours:?}");
+    }
+    for (ours, theirs) in [
+        (DeviceStatus::ACKNOWLEDGE, cfg::VIRTIO_CONFIG_S_ACKNOWLEDGE),
+        (DeviceStatus::DRIVER, cfg::VIRTIO_CONFIG_S_DRIVER),
+        (DeviceStatus::DRIVER_OK, cfg::VIRTIO_CONFIG_S_DRIVER_OK),
+        (DeviceStatus::FEATURES_OK, cfg::VIRTIO_CONFIG_S_FEATURES_OK),
+        (
+            DeviceStatus::DEVICE_NEEDS_RESET,
+            cfg::VIRTIO_CONFIG_S_NEEDS_RESET,
+        ),
+        (DeviceStatus::FAILED, cfg::VIRTIO_CONFIG_S_FAILED),
+    ] {
+        assert_eq!(u32::from(ours.bits()), theirs, "{ours:?}");
+    }
+}
+
+#[test]
+fn mmio_registers() {
+    for (ours, theirs) in [
+        (mmio::MAGIC_VALUE, reg::VIRTIO_MMIO_MAGIC_VALUE),
+        (mmio::VERSION, reg::VIRTIO_MMIO_VERSION),
+        (mmio::DEVICE_ID, reg::VIRTIO_MMIO_DEVICE_ID),
+        (mmio::VENDOR_ID, reg::VIRTIO_MMIO_VENDOR_ID),
+        (mmio::DEVICE_FEATURES, reg::VIRTIO_MMIO_DEVICE_FEATURES),
+        (
+            mmio::DEVICE_FEATURES_SEL,
+            reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL,
+        ),
+        (mmio::DRIVER_FEATURES, reg::VIRTIO_MMIO_DRIVER_FEATURES),
+        (
+            mmio::DRIVER_FEATURES_SEL,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL,
+        ),
+        (mmio::QUEUE_SEL, reg::VIRTIO_MMIO_QUEUE_SEL),
+        (mmio::QUEUE_SIZE_MAX, reg::VIRTIO_MMIO_QUEUE_NUM_MAX),
+        (mmio::QUEUE_SIZE, reg::VIRTIO_MMIO_QUEUE_NUM),
+        (mmio::QUEUE_READY, reg::VIRTIO_MMIO_QUEUE_READY),
+        (mmio::QUEUE_NOTIFY, reg::VIRTIO_MMIO_QUEUE_NOTIFY),
+        (mmio::INTERRUPT_STATUS, reg::VIRTIO_MMIO_INTERRUPT_STATUS),
+        (mmio::INTERRUPT_ACK, reg::VIRTIO_MMIO_INTERRUPT_ACK),
+        (mmio::STATUS, reg::VIRTIO_MMIO_STATUS),
+        (mmio::QUEUE_DESC_LOW, reg::VIRTIO_MMIO_QUEUE_DESC_LOW),
+        (mmio::QUEUE_DESC_HIGH, reg::VIRTIO_MMIO_QUEUE_DESC_HIGH),
+        (mmio::QUEUE_DRIVER_LOW, reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW),
+        (mmio::QUEUE_DRIVER_HIGH, reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH),
+        (mmio::QUEUE_DEVICE_LOW, reg::VIRTIO_MMIO_QUEUE_USED_LOW),
+        (mmio::QUEUE_DEVICE_HIGH, reg::VIRTIO_MMIO_QUEUE_USED_HIGH),
+        (mmio::SHM_SEL, reg::VIRTIO_MMIO_SHM_SEL),
+        (mmio::SHM_LEN_LOW, reg::VIRTIO_MMIO_SHM_LEN_LOW),
+        (mmio::SHM_LEN_HIGH, reg::VIRTIO_MMIO_SHM_LEN_HIGH),
+        (mmio::SHM_BASE_LOW, reg::VIRTIO_MMIO_SHM_BASE_LOW),
+        (mmio::SHM_BASE_HIGH, reg::VIRTIO_MMIO_SHM_BASE_HIGH),
+        (mmio::CONFIG_GENERATION, reg::VIRTIO_MMIO_CONFIG_GENERATION),
+        (mmio::CONFIG, reg::VIRTIO_MMIO_CONFIG),
+    ] {
+        assert_eq!(ours as u32, theirs);
+    }
+    assert_eq!(
+        mmio::InterruptStatus::USED_BUFFER.bits(),
+        reg::VIRTIO_MMIO_INT_VRING
+    );
+    assert_eq!(
+        mmio::InterruptStatus::CONFIG_CHANGE.bits(),
+        reg::VIRTIO_MMIO_INT_CONFIG
+    );
+    assert_eq!(mmio::MAGIC.to_le_bytes(), *b"virt");
+}
+
+#[test]
+fn block_device() {
+    for (ours, theirs) in [
+        (BlockFeatures::SIZE_MAX, blk::VIRTIO_BLK_F_SIZE_MAX),
+        (BlockFeatures::SEG_MAX, blk::VIRTIO_BLK_F_SEG_MAX),
+        (BlockFeatures::GEOMETRY, blk::VIRTIO_BLK_F_GEOMETRY),
+        (BlockFeatures::RO, blk::VIRTIO_BLK_F_RO),
+        (BlockFeatures::BLK_SIZE, blk::VIRTIO_BLK_F_BLK_SIZE),
+        (BlockFeatures::FLUSH, blk::VIRTIO_BLK_F_FLUSH),
+        (BlockFeatures::TOPOLOGY, blk::VIRTIO_BLK_F_TOPOLOGY),
+        (BlockFeatures::CONFIG_WCE, blk::VIRTIO_BLK_F_CONFIG_WCE),
+        (BlockFeatures::MQ, blk::VIRTIO_BLK_F_MQ),
+        (BlockFeatures::DISCARD, blk::VIRTIO_BLK_F_DISCARD),
+        (BlockFeatures::WRITE_ZEROES, blk::VIRTIO_BLK_F_WRITE_ZEROES),
+        (BlockFeatures::SECURE_ERASE, blk::VIRTIO_BLK_F_SECURE_ERASE),
+        (BlockFeatures::ZONED, blk::VIRTIO_BLK_F_ZONED),
+    ] {
+        assert_eq!(ours.bits(), 1 << theirs, "{ours:?}");
+    }
+    for (ours, theirs) in [
+        (RequestType::IN, blk::VIRTIO_BLK_T_IN),
+        (RequestType::OUT, blk::VIRTIO_BLK_T_OUT),
+        (RequestType::FLUSH, blk::VIRTIO_BLK_T_FLUSH),
+        (RequestType::GET_ID, blk::VIRTIO_BLK_T_GET_ID),
+        (RequestType::DISCARD, blk::VIRTIO_BLK_T_DISCARD),
+        (RequestType::WRITE_ZEROES, blk::VIRTIO_BLK_T_WRITE_ZEROES),
+        (RequestType::SECURE_ERASE, blk::VIRTIO_BLK_T_SECURE_ERASE),
+    ] {
+        assert_eq!(ours.0, theirs);
+    }
+    assert_eq!(u32::from(status::OK), blk::VIRTIO_BLK_S_OK);
+    assert_eq!(u32::from(status::IOERR), blk::VIRTIO_BLK_S_IOERR);
+    assert_eq!(u32::from(status::UNSUPP), blk::VIRTIO_BLK_S_UNSUPP);
+    assert_eq!(ID_BYTES as u32, blk::VIRTIO_BLK_ID_BYTES);
+
+    assert_eq!(size_of::<RequestHeader>(), size_of::<virtio_blk_outhdr>());
+    assert_eq!(
+        offset_of!(RequestHeader, sector),
+        offset_of!(virtio_blk_outhdr, sector)
+    );
+
+    macro_rules! same_offset {
+        ($($ours:ident = $theirs:ident),* $(,)?) => {
+            $(assert_eq!(
+                offset_of!(BlockConfig, $ours),
+                offset_of!(virtio_blk_config, $theirs),
+                stringify!($ours)
+            );)*
+        };
+    }
+    same_offset!(
+        capacity = capacity,
+        size_max = size_max,
+        seg_max = seg_max,
+        geometry = geometry,
+        blk_size = blk_size,
+        topology = physical_block_exp,
+        writeback = wce,
+        unused0 = unused,
+        num_queues = num_queues,
+        max_discard_sectors = max_discard_sectors,
+        max_discard_seg = max_discard_seg,
+        discard_sector_alignment = discard_sector_alignment,
+        max_write_zeroes_sectors = max_write_zeroes_sectors,
+        max_write_zeroes_seg = max_write_zeroes_seg,
+        write_zeroes_may_unmap = write_zeroes_may_unmap,
+        max_secure_erase_sectors = max_secure_erase_sectors,
+        max_secure_erase_seg = max_secure_erase_seg,
+        secure_erase_sector_alignment = secure_erase_sector_alignment,
+    );
+    // Ours ends where the zoned characteristics, which we do not offer, begin.
+    assert_eq!(
+        size_of::<BlockConfig>(),
+        offset_of!(virtio_blk_config, zoned)
+    );
+    let topology = offset_of!(virtio_blk_config, physical_block_exp);
+    assert_eq!(
+        topology + offset_of!(Topology, min_io_size),
+        offset_of!(virtio_blk_config, min_io_size)
+    );
+    assert_eq!(
+        topology + offset_of!(Topology, opt_io_size),
+        offset_of!(virtio_blk_config, opt_io_size)
+    );
+    assert_eq!(size_of::<Geometry>(), 4);
+}
+
+#[test]
+fn pvh_start_of_day() {
+    use linux_loader::loader::elf::start_info::{
+        hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+    };
+    assert_eq!(size_of::<pvh::StartInfo>(), size_of::<hvm_start_info>());
+    assert_eq!(
+        offset_of!(pvh::StartInfo, nr_modules),
+        offset_of!(hvm_start_info, nr_modules)
+    );
+    assert_eq!(
+        offset_of!(pvh::StartInfo, cmdline_paddr),
+        offset_of!(hvm_start_info, cmdline_paddr)
+    );
+    assert_eq!(
+        offset_of!(pvh::StartInfo, memmap_paddr),
+        offset_of!(hvm_start_info, memmap_paddr)
+    );
+    assert_eq!(
+        offset_of!(pvh::StartInfo, memmap_entries),
+        offset_of!(hvm_start_info, memmap_entries)
+    );
+    assert_eq!(size_of::<pvh::Module>(), size_of::<hvm_modlist_entry>());
+    assert_eq!(
+        size_of::<pvh::MemoryMapEntry>(),
+        size_of::<hvm_memmap_table_entry>()
+    );
+    assert_eq!(
+        offset_of!(pvh::MemoryMapEntry, kind),
+        offset_of!(hvm_memmap_table_entry, type_)
+    );
+}
