@@ -1,0 +1,2 @@
+//! Drivers of chips that hypervisors imitate.
+#![forbid(unsafe_code)]

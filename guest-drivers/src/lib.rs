@@ -1,0 +1,61 @@
+//! # pvkit-guest
+//!
+//! Drivers for the devices that a hypervisor gives to a virtual machine, for
+//! kernels, unikernels and firmware: `no_std`, nothing allocated on the hot
+//! path, and no trust in what the device writes.
+//!
+//! A tour, from what a kernel provides to what it gets:
+//!
+//! - [`dma`]: the kernel says how devices reach its memory ([`dma::DmaSpace`]),
+//!   and hands over buffers ([`dma::DmaBuf`]).
+//! - [`register`]: how registers and ports are reached.
+//! - [`interrupt`] and [`doorbell`]: one bit of news in each direction.
+//! - [`block`]: the contract of every disk driver here, whatever the family:
+//!   submit, publish, complete, arm.
+//! - [`virtio`]: virtio-blk on the split ring over virtio-mmio.
+//! - [`emulated`]: drivers of the chips that hypervisors imitate, for
+//!   comparison and for hosts that offer nothing better.
+//! - [`fault`]: what a driver reports when the device breaks the rules.
+//!
+//! ## What the drivers promise
+//!
+//! A queue **owns** every buffer while the device has it, so the public
+//! interface is safe. All that the driver needs to remember about a request
+//! lies in private memory: ids and lengths that the device returns are checked
+//! against it. A device that breaks the protocol yields one
+//! [`Fault`](fault::Fault), after which the queue is retired until it is
+//! recovered; it never causes a panic, an access out of bounds, or memory that
+//! is freed while the device may still write to it.
+//!
+//! ## Unsafe code
+//!
+//! It stands in [`dma`], [`register`], the transports, and the queue's record
+//! of lent buffers. Every other module forbids it.
+#![no_std]
+#![deny(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
+#[cfg(feature = "alloc")]
+extern crate alloc;
+
+pub mod block;
+#[allow(unsafe_code)]
+pub mod dma;
+pub mod doorbell;
+pub mod emulated;
+pub mod fault;
+pub mod interrupt;
+#[allow(unsafe_code)]
+pub mod register;
+pub mod storage;
+pub mod virtio;
+
+mod barrier;

@@ -1,0 +1,495 @@
+//! The virtio block driver (virtio 1.3 §5.2).
+//!
+//! [`Block`] is the control half of a device: configuration, interrupts,
+//! recovery. [`VirtioBlockQueue`] is the half that moves requests; it can live
+//! on another thread or CPU.
+#![forbid(unsafe_code)]
+
+use super::init::{self, InitError};
+use super::queue::{
+    Completed, Payload, PostError, Queue, QueueCounters, QueueShape, QueueStorage, choose_size,
+};
+use super::transport::{Events, ResetTimeout, Transport};
+use crate::block::{
+    BlockError, BlockLimits, BlockOp, BlockQueue, Done, ID_BYTES, Reason, Refused, SECTOR_BYTES,
+};
+use crate::dma::{DmaBuf, DmaBufMut, DmaSpace};
+use crate::doorbell::Doorbell;
+use crate::fault::Fault;
+use pvkit_protocol::virtio::block::{
+    BlockConfig, BlockFeatures, RequestHeader, RequestType, status,
+};
+use pvkit_protocol::virtio::{Features, device_id};
+use zerocopy::little_endian::U64;
+use zerocopy::{FromZeros, IntoBytes};
+
+/// What the driver asks of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockOptions {
+    /// Wanted queue size: a power of two. The device may offer less.
+    pub queue_size: u16,
+    /// Most segments that a buffer may have. The device may allow fewer. Each
+    /// costs 16 bytes of private memory for each descriptor of the queue, and
+    /// as much shared memory if tables are used.
+    pub max_segments: u16,
+    /// Features that may be used, of those that the driver knows.
+    pub allow: Features,
+    /// Features without which the device is refused.
+    pub require: Features,
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self {
+            queue_size: 256,
+            max_segments: 16,
+            allow: Features::all(),
+            require: Features::empty(),
+        }
+    }
+}
+
+/// Features that this driver can use.
+fn supported() -> Features {
+    let block = BlockFeatures::SIZE_MAX
+        | BlockFeatures::SEG_MAX
+        | BlockFeatures::RO
+        | BlockFeatures::BLK_SIZE
+        | BlockFeatures::FLUSH;
+    Features::VERSION_1
+        | Features::INDIRECT_DESC
+        | Features::EVENT_IDX
+        | Features::ORDER_PLATFORM
+        | block.into()
+}
+
+/// What the driver remembers about a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Request {
+    tag: u64,
+    op: BlockOp,
+    /// Bytes that the device must write to the buffer if it succeeds.
+    expected: u32,
+}
+
+/// The control half of a virtio block device.
+///
+/// Dropping it resets the device. Dropping the queue first, or without
+/// [`close`](Block::close), leaks its memory, because nothing proves that the
+/// device has let go of it.
+#[derive(Debug)]
+pub struct Block<T: Transport> {
+    transport: T,
+    features: Features,
+    limits: BlockLimits,
+    options: BlockOptions,
+    closed: bool,
+}
+
+/// The queue type that goes with a transport.
+pub type QueueOf<B, S, T> = VirtioBlockQueue<B, S, <T as Transport>::Doorbell>;
+
+impl<T: Transport> Block<T> {
+    /// Resets and configures the device, and starts it with one queue, whose
+    /// private memory comes from the heap.
+    ///
+    /// # Errors
+    /// [`InitError`] says what the device lacks; it is left reset or FAILED.
+    #[cfg(feature = "alloc")]
+    pub fn open<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        transport: T,
+        space: S,
+        options: BlockOptions,
+    ) -> Result<(Self, QueueOf<B, S, T>), InitError> {
+        Self::open_with(transport, space, options, |shape| {
+            QueueStorage::heap(shape.size, shape.max_segments)
+        })
+    }
+
+    /// The same with private memory that the caller provides. A queue may turn
+    /// out smaller than [`BlockOptions::queue_size`], never larger.
+    ///
+    /// # Errors
+    /// [`InitError`], also if the storage is too small.
+    pub fn open_in<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        transport: T,
+        space: S,
+        options: BlockOptions,
+        storage: QueueStorage<B, Request>,
+    ) -> Result<(Self, QueueOf<B, S, T>), InitError> {
+        Self::open_with(transport, space, options, |_| storage)
+    }
+
+    fn open_with<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        mut transport: T,
+        space: S,
+        options: BlockOptions,
+        storage: impl FnOnce(&QueueShape) -> QueueStorage<B, Request>,
+    ) -> Result<(Self, QueueOf<B, S, T>), InitError> {
+        let allow = supported() & (options.allow | Features::VERSION_1);
+        let (features, _) =
+            init::negotiate(&mut transport, device_id::BLOCK, allow, options.require)?;
+        let mut block = Self {
+            transport,
+            features,
+            limits: BlockLimits::UNKNOWN,
+            options,
+            closed: false,
+        };
+        block.limits = block.read_limits()?;
+        let size = choose_size(0, options.queue_size, block.transport.queue_max_size(0))?;
+        // A chain must not be longer than the queue (§2.7.5.3.1).
+        block.limits.max_segments = block.limits.max_segments.min(size.get() - 2);
+        let shape = QueueShape {
+            index: 0,
+            size,
+            max_segments: block.limits.max_segments,
+            max_segment_bytes: block.limits.max_segment_bytes,
+            trailer: 1,
+            features,
+        };
+        let mut queue = Queue::new(
+            shape,
+            space,
+            block.transport.doorbell(0),
+            block.transport.identity(0),
+            storage(&shape),
+        )?;
+        block.transport.set_up_queue(0, queue.expose());
+        let mut queue = VirtioBlockQueue {
+            queue,
+            limits: block.limits,
+        };
+        if let Err(error) = init::driver_ok(&mut block.transport) {
+            // Hand the memory back if the device can still be reset.
+            if let Ok(proof) = block.transport.reset() {
+                queue.queue.reclaim(&proof, &mut |_, _| {});
+            }
+            return Err(error);
+        }
+        Ok((block, queue))
+    }
+
+    /// The features in use.
+    #[must_use]
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// What the disk can do, as last read.
+    #[must_use]
+    pub fn limits(&self) -> &BlockLimits {
+        &self.limits
+    }
+
+    /// Says why the device interrupted, and acknowledges it. After
+    /// [`Events::CONFIG`], [`refresh`](Block::refresh) reads the new size;
+    /// after [`Events::NEEDS_RESET`], [`recover`](Block::recover) is what
+    /// helps.
+    pub fn claim_events(&self) -> Events {
+        self.transport.claim_events()
+    }
+
+    /// Reads the configuration again, for the queue too: the disk may have
+    /// grown or shrunk. Everything but the size stays as it was negotiated.
+    ///
+    /// # Errors
+    /// [`InitError`] if the device's answer makes no sense; then nothing
+    /// changes.
+    pub fn refresh<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &mut self,
+        queue: &mut QueueOf<B, S, T>,
+    ) -> Result<(), InitError> {
+        let limits = self.read_limits()?;
+        self.limits.capacity = limits.capacity;
+        queue.limits.capacity = limits.capacity;
+        Ok(())
+    }
+
+    /// Resets the device and starts it again. Every outstanding request comes
+    /// back through `each` with [`BlockError::Reset`]; the queue then works as
+    /// before.
+    ///
+    /// # Errors
+    /// [`InitError`]. If the device could not be reset, no request comes back
+    /// and the queue stays retired; otherwise all have come back.
+    pub fn recover<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &mut self,
+        queue: &mut QueueOf<B, S, T>,
+        each: &mut dyn FnMut(Done<B>),
+    ) -> Result<(), InitError> {
+        queue.queue.retire(Fault::NeedsReset);
+        let allow = supported() & (self.options.allow | Features::VERSION_1);
+        let proof = self.transport.reset()?;
+        let ours = queue
+            .queue
+            .reclaim(&proof, &mut |request: Request, buffer| {
+                each(Done {
+                    tag: request.tag,
+                    op: request.op,
+                    buffer,
+                    result: Err(BlockError::Reset),
+                });
+            });
+        if !ours {
+            return Err(InitError::ForeignQueue);
+        }
+        let (features, _) = init::negotiate(
+            &mut self.transport,
+            device_id::BLOCK,
+            allow,
+            self.options.require,
+        )?;
+        if features != self.features {
+            return Err(InitError::Changed {
+                before: self.features,
+                after: features,
+            });
+        }
+        let limits = self.read_limits()?;
+        let size = queue.queue.size();
+        let offered = self.transport.queue_max_size(0);
+        if u32::from(size.get()) > offered || limits.max_segments < self.limits.max_segments {
+            return Err(InitError::Config {
+                field: "queue size",
+                value: u64::from(offered),
+            });
+        }
+        self.limits.capacity = limits.capacity;
+        queue.limits = self.limits;
+        let at = queue.queue.restart(self.transport.identity(0));
+        self.transport.set_up_queue(0, at);
+        init::driver_ok(&mut self.transport)
+    }
+
+    /// Stops the device for good: outstanding requests come back through
+    /// `each`, the queue's memory is freed, and the transport can be used by
+    /// another driver.
+    ///
+    /// # Errors
+    /// [`ResetTimeout`]: the device does not let go, so the queue and its
+    /// buffers are leaked.
+    pub fn close<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        mut self,
+        mut queue: QueueOf<B, S, T>,
+        each: &mut dyn FnMut(Done<B>),
+    ) -> Result<(), ResetTimeout> {
+        self.closed = true;
+        let proof = self.transport.reset()?;
+        queue
+            .queue
+            .reclaim(&proof, &mut |request: Request, buffer| {
+                each(Done {
+                    tag: request.tag,
+                    op: request.op,
+                    buffer,
+                    result: Err(BlockError::Reset),
+                });
+            });
+        Ok(())
+    }
+
+    /// Reads the configuration and checks every field that was negotiated:
+    /// none of it is trusted.
+    fn read_limits(&self) -> Result<BlockLimits, InitError> {
+        let mut config = BlockConfig::new_zeroed();
+        init::read_config(&self.transport, config.as_mut_bytes())?;
+        let has = BlockFeatures::from(self.features);
+        let bad = |field, value: u64| Err(InitError::Config { field, value });
+
+        let capacity = config.capacity.get();
+        if capacity > u64::MAX / SECTOR_BYTES {
+            return bad("capacity", capacity);
+        }
+        let mut limits = BlockLimits {
+            capacity,
+            block_bytes: SECTOR_BYTES as u32,
+            read_only: has.contains(BlockFeatures::RO),
+            flush: has.contains(BlockFeatures::FLUSH),
+            max_segments: self.options.max_segments.max(1),
+            max_segment_bytes: u32::MAX,
+            // One less than 4 GiB, so that the status byte still counts.
+            max_bytes: u32::MAX - 511,
+        };
+        if has.contains(BlockFeatures::BLK_SIZE) {
+            let size = config.blk_size.get();
+            if !size.is_power_of_two() || u64::from(size) < SECTOR_BYTES {
+                return bad("blk_size", u64::from(size));
+            }
+            limits.block_bytes = size;
+        }
+        if has.contains(BlockFeatures::SIZE_MAX) {
+            let size = config.size_max.get();
+            if size == 0 {
+                return bad("size_max", 0);
+            }
+            limits.max_segment_bytes = size;
+        }
+        if has.contains(BlockFeatures::SEG_MAX) {
+            let count = config.seg_max.get();
+            if count == 0 {
+                return bad("seg_max", 0);
+            }
+            let count = u16::try_from(count).unwrap_or(u16::MAX);
+            limits.max_segments = limits.max_segments.min(count);
+        }
+        Ok(limits)
+    }
+}
+
+impl BlockLimits {
+    const UNKNOWN: Self = Self {
+        capacity: 0,
+        block_bytes: SECTOR_BYTES as u32,
+        read_only: true,
+        flush: false,
+        max_segments: 1,
+        max_segment_bytes: 0,
+        max_bytes: 0,
+    };
+}
+
+impl<T: Transport> Drop for Block<T> {
+    fn drop(&mut self) {
+        if !self.closed {
+            // A device that does not answer keeps its queue's memory: the
+            // queue leaks it.
+            let _ = self.transport.reset();
+        }
+    }
+}
+
+/// The half of a virtio block device that moves requests.
+#[derive(Debug)]
+pub struct VirtioBlockQueue<B: DmaBufMut, S: DmaSpace<Addr = u64>, D> {
+    queue: Queue<B, Request, S, D>,
+    limits: BlockLimits,
+}
+
+impl<B: DmaBufMut, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioBlockQueue<B, S, D> {
+    /// What the queue has done so far.
+    #[must_use]
+    pub fn counters(&self) -> QueueCounters {
+        self.queue.counters()
+    }
+
+    /// Retires the queue, because the caller's clock says that the device does
+    /// not answer any more ([`Fault::Timeout`]), or because it asked for a
+    /// reset ([`Fault::NeedsReset`]). The next
+    /// [`complete`](BlockQueue::complete) reports the fault.
+    pub fn retire(&mut self, fault: Fault) {
+        self.queue.retire(fault);
+    }
+
+    /// Checks a request, and says how it looks on the wire.
+    fn check(&self, op: BlockOp, buffer: Option<usize>) -> Result<RequestHeader, Reason> {
+        let bytes = buffer.unwrap_or(0);
+        match op {
+            BlockOp::Read { sector } => {
+                self.limits.check_transfer(sector, bytes)?;
+                Ok(RequestHeader::new(RequestType::IN, sector))
+            }
+            BlockOp::Write { sector } => {
+                if self.limits.read_only {
+                    return Err(Reason::ReadOnly);
+                }
+                self.limits.check_transfer(sector, bytes)?;
+                Ok(RequestHeader::new(RequestType::OUT, sector))
+            }
+            BlockOp::Flush => {
+                if !self.limits.flush {
+                    return Err(Reason::Unsupported);
+                }
+                if buffer.is_some() {
+                    return Err(Reason::Buffer { bytes, expected: 0 });
+                }
+                Ok(RequestHeader::new(RequestType::FLUSH, 0))
+            }
+            BlockOp::GetId => {
+                if bytes != ID_BYTES {
+                    return Err(Reason::Buffer {
+                        bytes,
+                        expected: ID_BYTES,
+                    });
+                }
+                Ok(RequestHeader::new(RequestType::GET_ID, 0))
+            }
+        }
+    }
+}
+
+impl<B: DmaBufMut, S: DmaSpace<Addr = u64>, D: Doorbell> BlockQueue<B>
+    for VirtioBlockQueue<B, S, D>
+{
+    fn limits(&self) -> &BlockLimits {
+        &self.limits
+    }
+
+    fn depth(&self) -> u16 {
+        self.queue.depth()
+    }
+
+    fn submit(&mut self, op: BlockOp, buffer: Option<B>, tag: u64) -> Result<(), Refused<B>> {
+        let bytes = buffer.as_ref().map(DmaBuf::bytes);
+        let header = match self.check(op, bytes) {
+            Ok(header) => header,
+            Err(reason) => return Err(Refused { reason, buffer }),
+        };
+        let mut expected = 0;
+        let payload = match (op, buffer) {
+            (_, None) => Payload::None,
+            (BlockOp::Write { .. }, Some(buffer)) => Payload::ToDevice(buffer),
+            (BlockOp::GetId, Some(buffer)) => Payload::FromDevice(buffer),
+            (_, Some(buffer)) => {
+                // At most `max_bytes`, which is below 2^32.
+                expected = bytes.unwrap_or(0) as u32;
+                Payload::FromDevice(buffer)
+            }
+        };
+        let words: [U64; 2] = zerocopy::transmute!(header);
+        let request = Request { tag, op, expected };
+        self.queue
+            .post(words.map(U64::get), payload, request)
+            .map_err(|(error, buffer)| Refused {
+                reason: match error {
+                    PostError::Full => Reason::Full,
+                    PostError::Retired => Reason::Retired,
+                    PostError::Dma(error) => Reason::Dma(error),
+                },
+                buffer,
+            })
+    }
+
+    fn publish(&mut self) {
+        self.queue.publish();
+    }
+
+    fn complete(&mut self) -> Result<Option<Done<B>>, Fault> {
+        let Some(done) = self.queue.complete()? else {
+            return Ok(None);
+        };
+        let Completed {
+            extra: Request { tag, op, expected },
+            buffer,
+            written,
+            trailer,
+        } = done;
+        let result = match trailer {
+            status::OK if written < expected => Err(BlockError::Short { written, expected }),
+            status::OK => Ok(()),
+            status::IOERR => Err(BlockError::Io),
+            status::UNSUPP => Err(BlockError::Unsupported),
+            other => Err(BlockError::Status(other)),
+        };
+        Ok(Some(Done {
+            tag,
+            op,
+            buffer,
+            result,
+        }))
+    }
+
+    fn arm(&mut self) -> bool {
+        self.queue.arm()
+    }
+}

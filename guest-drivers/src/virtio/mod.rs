@@ -1,0 +1,8 @@
+//! virtio 1.3: negotiation, transports, queues, and a driver for each device.
+
+pub mod block;
+pub mod init;
+pub mod queue;
+pub mod transport;
+
+pub use block::{Block, BlockOptions, VirtioBlockQueue};

@@ -1,0 +1,121 @@
+//! A buffer that the device has: taken apart, mapped, and given back only
+//! once the device has let go of it.
+#![allow(unsafe_code)]
+
+use crate::dma::{Direction, DmaBuf, DmaError, DmaSpace, Segment, Segments};
+use core::mem::ManuallyDrop;
+
+/// A buffer on loan to the device.
+///
+/// Dropping it leaks the buffer: only [`give_back`](Lent::give_back) ends the
+/// loan.
+pub(super) struct Lent<B: DmaBuf> {
+    raw: ManuallyDrop<B::Raw>,
+    direction: Direction,
+}
+
+impl<B: DmaBuf> Lent<B> {
+    /// Takes the buffer and maps it; `room` receives its segments. On success
+    /// also says how many segments there are; on failure hands the buffer
+    /// back, unless the space cannot take back what it already mapped.
+    pub(super) fn lend<S: DmaSpace>(
+        space: &S,
+        buffer: B,
+        direction: Direction,
+        room: &mut [Segment<S::Addr>],
+    ) -> Result<(Self, usize), (Option<B>, DmaError)> {
+        let raw = buffer.into_raw();
+        let mut segments = Segments::new(room);
+        let mut failed = None;
+        let mut mapped = 0;
+        B::segments(&raw, &mut |piece| {
+            if failed.is_some() {
+                return;
+            }
+            // SAFETY: the buffer is raw, so nobody touches it (contract of
+            // `DmaBuf`); it is unmapped below or in `give_back`. Only buffers
+            // that are `DmaBufMut` are lent `FromDevice` (see `Queue::post`).
+            match unsafe { space.map(piece, direction, &mut segments) } {
+                Ok(()) => mapped += 1,
+                Err(error) => failed = Some(error),
+            }
+        });
+        let count = segments.len();
+        let lent = Self {
+            raw: ManuallyDrop::new(raw),
+            direction,
+        };
+        match failed {
+            None => Ok((lent, count)),
+            Some(error) => {
+                // SAFETY: the device was never told about the buffer, so it
+                // has no access to it.
+                let buffer = unsafe { lent.end(space, room, 0, mapped) };
+                Err((buffer, error))
+            }
+        }
+    }
+
+    /// Ends the loan. `segments` are those of [`lend`](Lent::lend); the device
+    /// wrote `written` bytes from the start of the buffer. `None` if the
+    /// device cannot be kept from the buffer: it is leaked.
+    ///
+    /// # Safety
+    /// The device has completed the request, or was reset since.
+    pub(super) unsafe fn give_back<S: DmaSpace>(
+        self,
+        space: &S,
+        segments: &[Segment<S::Addr>],
+        written: usize,
+    ) -> Option<B> {
+        // SAFETY: passed on.
+        unsafe { self.end(space, segments, written, usize::MAX) }
+    }
+
+    /// Unmaps the first `pieces` pieces, and puts the buffer together again.
+    ///
+    /// # Safety
+    /// As for [`give_back`](Lent::give_back).
+    unsafe fn end<S: DmaSpace>(
+        self,
+        space: &S,
+        mut segments: &[Segment<S::Addr>],
+        written: usize,
+        pieces: usize,
+    ) -> Option<B> {
+        let mut written = written;
+        let mut index = 0;
+        let mut still_shared = false;
+        B::segments(&self.raw, &mut |piece| {
+            if index >= pieces {
+                return;
+            }
+            index += 1;
+            // The segments of a piece cover it exactly (contract of
+            // `DmaSpace`), so its length says which they are.
+            let mut covered = 0;
+            let mut count = 0;
+            for segment in segments {
+                if covered >= piece.len() {
+                    break;
+                }
+                covered += segment.len as usize;
+                count += 1;
+            }
+            let (own, rest) = segments.split_at(count);
+            segments = rest;
+            let here = written.min(piece.len());
+            written -= here;
+            // SAFETY: these are the piece, direction and segments of one
+            // `map`, and the device has let go (contract of this function).
+            if unsafe { space.unmap(piece, self.direction, own, here) }.is_err() {
+                still_shared = true;
+            }
+        });
+        if still_shared {
+            return None;
+        }
+        // SAFETY: the raw value comes from `into_raw`, and no device has it.
+        Some(unsafe { B::from_raw(ManuallyDrop::into_inner(self.raw)) })
+    }
+}

@@ -1,0 +1,482 @@
+//! The driver's half of a virtqueue: it owns every buffer that the device has.
+//!
+//! [`Queue`] is what the drivers build on. Each request takes a *slot*: the
+//! private record of what was posted, with a piece of coherent memory for its
+//! header, its status and its indirect table. Which ring format carries it is
+//! negotiated at run time and hidden in here.
+#![allow(unsafe_code)]
+
+mod lent;
+mod shape;
+mod slot;
+mod split;
+
+use crate::dma::{Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Segment};
+use crate::doorbell::{Doorbell, Position};
+use crate::fault::Fault;
+use crate::storage::Storage;
+use crate::virtio::transport::{QueueAddresses, QueueIdentity, Quiesced};
+use core::alloc::Layout;
+use core::fmt;
+use core::mem::ManuallyDrop;
+use lent::Lent;
+use pvkit_protocol::virtio::split::QueueSize;
+use slot::InFlight;
+use split::{Part, SplitRing};
+
+pub use shape::QueueError;
+pub(crate) use shape::{QueueShape, choose_size};
+pub use slot::{QueueStorage, Slot};
+
+/// Offset of the trailer in a slot's memory; the header lies before it.
+const TRAILER: usize = 16;
+/// Offset of the indirect table in a slot's memory.
+const TABLE: usize = 32;
+/// What a trailer holds until the device writes it. No virtio status has this
+/// value.
+pub const TRAILER_UNWRITTEN: u8 = 0xff;
+
+/// Counters of one queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct QueueCounters {
+    /// Requests shown to the device.
+    pub posted: u64,
+    /// Requests taken back.
+    pub completed: u64,
+    /// Batches published.
+    pub published: u64,
+    /// Doorbells rung: the batches for which the device wanted one.
+    pub kicks: u64,
+    /// Faults of the device.
+    pub faults: u64,
+}
+
+/// A buffer on its way to the device, and which way its bytes go.
+pub(crate) enum Payload<B> {
+    None,
+    ToDevice(B),
+    FromDevice(B),
+}
+
+/// A request that the device has used.
+#[derive(Debug)]
+pub(crate) struct Completed<B, X> {
+    pub(crate) extra: X,
+    pub(crate) buffer: Option<B>,
+    /// Bytes of the buffer that the device claims to have written.
+    pub(crate) written: u32,
+    /// First byte of the trailer.
+    pub(crate) trailer: u8,
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PostError {
+    Full,
+    Retired,
+    Dma(DmaError),
+}
+
+/// The ring format, chosen when the queue was made.
+#[derive(Debug)]
+enum Ring<S: DmaSpace<Addr = u64>> {
+    Split(SplitRing<S>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Live,
+    /// A fault was found and not yet reported.
+    Faulty(Fault),
+    /// The fault was reported; nothing works until the queue is recovered.
+    Retired,
+}
+
+/// Everything that has to be leaked together if the queue is dropped while the
+/// device may still use it.
+struct Shared<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>> {
+    ring: Ring<S>,
+    /// Headers, trailers and indirect tables, a piece for each slot.
+    area: DmaRegion<S>,
+    slots: Storage<Slot<B, X>>,
+    segments: Storage<Segment<u64>>,
+}
+
+/// A virtqueue of requests that carry `X` and possibly a buffer `B`.
+pub(crate) struct Queue<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> {
+    shared: ManuallyDrop<Shared<B, X, S>>,
+    space: S,
+    doorbell: D,
+    shape: QueueShape,
+    slot_bytes: usize,
+    identity: QueueIdentity,
+    state: State,
+    /// Whether the device was reset since it was last told about the queue.
+    quiesced: bool,
+    counters: QueueCounters,
+}
+
+impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> fmt::Debug for Queue<B, X, S, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue")
+            .field("shape", &self.shape)
+            .field("state", &self.state)
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B, X, S, D> {
+    /// A queue in fresh memory. The device does not know it yet.
+    pub(crate) fn new(
+        shape: QueueShape,
+        space: S,
+        doorbell: D,
+        identity: QueueIdentity,
+        storage: QueueStorage<B, X>,
+    ) -> Result<Self, QueueError> {
+        storage.check(shape.size, shape.max_segments)?;
+        let slot_bytes = shape.slot_bytes();
+        let bytes = slot_bytes * usize::from(shape.size.get());
+        let layout = Layout::from_size_align(bytes, 64)
+            .map_err(|_| DmaError::OutOfMemory { bytes, align: 64 })?;
+        let area = space.alloc(layout)?;
+        let ring = Ring::Split(SplitRing::new(
+            &space,
+            shape.size,
+            shape.features,
+            storage.links,
+        )?);
+        Ok(Self {
+            shared: ManuallyDrop::new(Shared {
+                ring,
+                area,
+                slots: storage.slots,
+                segments: storage.segments,
+            }),
+            space,
+            doorbell,
+            slot_bytes,
+            shape,
+            identity,
+            state: State::Live,
+            quiesced: true,
+            counters: QueueCounters::default(),
+        })
+    }
+
+    /// Where the parts of the ring lie. From this call on, the device may be
+    /// told, so dropping the queue leaks it unless the device was reset.
+    pub(crate) fn expose(&mut self) -> QueueAddresses {
+        self.quiesced = false;
+        match &self.shared.ring {
+            Ring::Split(ring) => ring.addresses(),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> QueueCounters {
+        self.counters
+    }
+
+    pub(crate) fn size(&self) -> QueueSize {
+        match &self.shared.ring {
+            Ring::Split(ring) => ring.size(),
+        }
+    }
+
+    /// Requests that can be outstanding at once if each has one segment.
+    pub(crate) fn depth(&self) -> u16 {
+        let size = self.shape.size.get();
+        if self.shape.indirect() {
+            size
+        } else {
+            size / 3
+        }
+    }
+
+    /// Posts a request: `header` for the device to read, the buffer, and the
+    /// trailer.
+    pub(crate) fn post(
+        &mut self,
+        header: [u64; 2],
+        payload: Payload<B>,
+        extra: X,
+    ) -> Result<(), (PostError, Option<B>)>
+    where
+        B: DmaBufMut,
+    {
+        let (buffer, direction) = match payload {
+            Payload::None => (None, Direction::ToDevice),
+            Payload::ToDevice(buffer) => (Some(buffer), Direction::ToDevice),
+            Payload::FromDevice(buffer) => (Some(buffer), Direction::FromDevice),
+        };
+        if self.state != State::Live {
+            return Err((PostError::Retired, buffer));
+        }
+        let indirect = self.shape.indirect();
+        let shared = &mut *self.shared;
+        let Ring::Split(ring) = &mut shared.ring;
+        if ring.free() == 0 {
+            return Err((PostError::Full, buffer));
+        }
+        let head = ring.next_head();
+        let offset = usize::from(head) * self.slot_bytes;
+        let most = usize::from(self.shape.max_segments);
+        let first_segment = usize::from(head) * most;
+        let (Some(slot), Some(room)) = (
+            shared.slots.get_mut(usize::from(head)),
+            shared.segments.get_mut(first_segment..first_segment + most),
+        ) else {
+            return Err((PostError::Full, buffer));
+        };
+
+        let (lent, segments) = match buffer {
+            None => (None, 0),
+            Some(buffer) => match Lent::lend(&self.space, buffer, direction, room) {
+                Ok((lent, segments)) => (Some(lent), segments),
+                Err((buffer, error)) => return Err((PostError::Dma(error), buffer)),
+            },
+        };
+        let longest = self.shape.max_segment_bytes;
+        let data = room.get(..segments).unwrap_or(&[]);
+        let too_long = data.iter().find(|segment| segment.len > longest);
+        let trailer_bytes = u32::from(self.shape.trailer);
+        let has_trailer = trailer_bytes != 0;
+        let segments = segments as u16;
+        let count = 1 + segments + u16::from(has_trailer);
+        let descriptors = if indirect { 1 } else { count };
+        let refused = match too_long {
+            Some(segment) => Some(PostError::Dma(DmaError::SegmentTooLong {
+                bytes: segment.len,
+                max: longest,
+            })),
+            None if ring.free() < descriptors => Some(PostError::Full),
+            None => None,
+        };
+        if let Some(error) = refused {
+            // SAFETY: the device was not told about the buffer.
+            let buffer = lent.and_then(|lent| unsafe { lent.give_back(&self.space, data, 0) });
+            return Err((error, buffer));
+        }
+
+        let [low, high] = header;
+        shared.area.write_u64(offset, low);
+        shared.area.write_u64(offset + 8, high);
+        let base = shared.area.addr() + offset as u64;
+        let from_device = direction == Direction::FromDevice;
+        let header = Part {
+            addr: base,
+            len: 16,
+            writable: false,
+        };
+        let trailer = Part {
+            addr: base + TRAILER as u64,
+            len: trailer_bytes,
+            writable: true,
+        };
+        let parts = core::iter::once(header)
+            .chain(data.iter().map(|s| Part {
+                addr: s.addr,
+                len: s.len,
+                writable: from_device,
+            }))
+            .chain(has_trailer.then_some(trailer));
+        let mut writable = trailer_bytes;
+        if from_device {
+            for segment in data {
+                writable = writable.saturating_add(segment.len);
+            }
+        }
+        if has_trailer {
+            shared.area.write_u8(offset + TRAILER, TRAILER_UNWRITTEN);
+        }
+        slot.0 = Some(InFlight {
+            lent,
+            extra,
+            position: ring.position(),
+            descriptors,
+            segments,
+            writable,
+        });
+        if indirect {
+            split::write_table(&shared.area, offset + TABLE, count, parts);
+            ring.add_indirect(base + TABLE as u64, count);
+        } else {
+            ring.add_direct(count, parts);
+        }
+        self.counters.posted += 1;
+        Ok(())
+    }
+
+    /// Shows the device what was posted, and rings if it wants that.
+    pub(crate) fn publish(&mut self) {
+        if self.state != State::Live {
+            return;
+        }
+        let Ring::Split(ring) = &mut self.shared.ring;
+        let Some(kick) = ring.publish() else { return };
+        self.counters.published += 1;
+        if kick {
+            self.counters.kicks += 1;
+            self.doorbell.ring(Position {
+                queue: self.shape.index,
+                next: ring.position(),
+            });
+        }
+    }
+
+    /// The next request that the device has used.
+    pub(crate) fn complete(&mut self) -> Result<Option<Completed<B, X>>, Fault> {
+        match self.state {
+            State::Live => {}
+            State::Faulty(fault) => {
+                self.state = State::Retired;
+                return Err(fault);
+            }
+            State::Retired => return Ok(None),
+        }
+        self.take_used().inspect_err(|_| {
+            self.counters.faults += 1;
+            self.state = State::Retired;
+        })
+    }
+
+    fn take_used(&mut self) -> Result<Option<Completed<B, X>>, Fault> {
+        let shared = &mut *self.shared;
+        let Ring::Split(ring) = &mut shared.ring;
+        let Some(used) = ring.next_used()? else {
+            return Ok(None);
+        };
+        let (id, len) = (used.head, used.len);
+        let slot = shared
+            .slots
+            .get_mut(usize::from(id))
+            .map(|slot| &mut slot.0);
+        let Some(slot) = slot else {
+            return Err(Fault::NotInFlight { id });
+        };
+        let request = match slot {
+            Some(request) if ring.is_published(request.position) => request,
+            _ => return Err(Fault::NotInFlight { id }),
+        };
+        if len > request.writable {
+            return Err(Fault::UsedLen {
+                id,
+                len,
+                posted: request.writable,
+            });
+        }
+        let Some(request) = slot.take() else {
+            return Err(Fault::NotInFlight { id });
+        };
+        ring.free_chain(id, request.descriptors);
+        let trailer = shared
+            .area
+            .read_u8(usize::from(id) * self.slot_bytes + TRAILER);
+        // The trailer is written last, and counted.
+        let written = len.saturating_sub(u32::from(self.shape.trailer));
+        let first = usize::from(id) * usize::from(self.shape.max_segments);
+        let segments = shared
+            .segments
+            .get(first..first + usize::from(request.segments))
+            .unwrap_or(&[]);
+        let buffer = request.lent.and_then(|lent| {
+            // SAFETY: the device has completed the request.
+            unsafe { lent.give_back(&self.space, segments, written as usize) }
+        });
+        self.counters.completed += 1;
+        Ok(Some(Completed {
+            extra: request.extra,
+            buffer,
+            written,
+            trailer,
+        }))
+    }
+
+    /// Asks for an interrupt; `true` if there is something to take already.
+    pub(crate) fn arm(&mut self) -> bool {
+        match self.state {
+            State::Live => {
+                let Ring::Split(ring) = &mut self.shared.ring;
+                ring.arm()
+            }
+            State::Faulty(_) => true,
+            State::Retired => false,
+        }
+    }
+
+    /// Retires the queue; the next `complete` reports the fault, unless one
+    /// was reported already.
+    pub(crate) fn retire(&mut self, fault: Fault) {
+        if self.state == State::Live {
+            self.counters.faults += 1;
+            self.state = State::Faulty(fault);
+        }
+    }
+
+    /// Hands back every outstanding request, now that the device has let go.
+    /// Returns whether the proof was about this queue.
+    pub(crate) fn reclaim(&mut self, proof: &Quiesced, each: &mut dyn FnMut(X, Option<B>)) -> bool {
+        if !proof.covers(self.identity) {
+            return false;
+        }
+        self.quiesced = true;
+        self.state = State::Retired;
+        let shared = &mut *self.shared;
+        let most = usize::from(self.shape.max_segments);
+        for (index, slot) in shared.slots.iter_mut().enumerate() {
+            let Some(request) = slot.0.take() else {
+                continue;
+            };
+            let first = index * most;
+            let segments = shared
+                .segments
+                .get(first..first + usize::from(request.segments))
+                .unwrap_or(&[]);
+            let buffer = request.lent.and_then(|lent| {
+                // SAFETY: the device was reset after it was told about the
+                // buffer (the proof).
+                unsafe { lent.give_back(&self.space, segments, 0) }
+            });
+            each(request.extra, buffer);
+        }
+        true
+    }
+
+    /// Empties the rings of a reclaimed queue, which gets a new identity, and
+    /// says where they lie.
+    pub(crate) fn restart(&mut self, identity: QueueIdentity) -> QueueAddresses {
+        let Ring::Split(ring) = &mut self.shared.ring;
+        ring.restart();
+        self.identity = identity;
+        self.state = State::Live;
+        self.expose()
+    }
+}
+
+impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> Drop for Queue<B, X, S, D> {
+    fn drop(&mut self) {
+        // SAFETY: `shared` is not used again; this is the only place that
+        // takes it.
+        let shared = unsafe { ManuallyDrop::take(&mut self.shared) };
+        if self.quiesced {
+            // Buffers still in slots were never shown to a device, or were
+            // given back by `reclaim`; a `Lent` leaks what is left.
+            return;
+        }
+        // The device may still write to all of it.
+        let Shared {
+            ring, area, slots, ..
+        } = shared;
+        match ring {
+            Ring::Split(ring) => ring.leak(),
+        }
+        area.leak();
+        for slot in slots.iter() {
+            if let Some(InFlight { writable, .. }) = &slot.0 {
+                self.space.leaked(*writable as usize);
+            }
+        }
+    }
+}

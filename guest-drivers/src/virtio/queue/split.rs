@@ -1,0 +1,369 @@
+//! The driver's half of the split ring (virtio 1.3 §2.7).
+//!
+//! Only indices and descriptors live here; what a descriptor's request is, is
+//! the business of [`Queue`](super::Queue). Nothing in shared memory is ever
+//! read back, but the two fields that the device owns: `used.idx` with its
+//! elements, and the fields that suppress notifications.
+#![forbid(unsafe_code)]
+
+use crate::barrier::{self, Order};
+use crate::dma::{DmaError, DmaRegion, DmaSpace};
+use crate::fault::Fault;
+use crate::storage::Storage;
+use crate::virtio::transport::QueueAddresses;
+use core::alloc::Layout;
+use pvkit_protocol::virtio::Features;
+use pvkit_protocol::virtio::split::{
+    AVAIL_F_NO_INTERRUPT, AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, Descriptor, DescriptorFlags,
+    QueueSize, USED_F_NO_NOTIFY, USED_FLAGS, USED_IDX, USED_RING, UsedElement, advance, need_event,
+};
+
+/// Distance of the parts of the ring from each other: two cache lines, so that
+/// what the driver writes and what the device writes do not share one.
+const PART_ALIGN: usize = 128;
+
+/// While nobody waits for an interrupt, `used_event` is kept behind the used
+/// index; it is moved along after this many completions, so that the index
+/// never comes around to it.
+const EVENT_REFRESH: u16 = 0x4000;
+
+/// One entry of a chain, ready to be written.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part {
+    pub(super) addr: u64,
+    pub(super) len: u32,
+    pub(super) writable: bool,
+}
+
+impl Part {
+    fn flags(self) -> DescriptorFlags {
+        if self.writable {
+            DescriptorFlags::WRITE
+        } else {
+            DescriptorFlags::empty()
+        }
+    }
+}
+
+/// What the device says it has used.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Used {
+    pub(super) head: u16,
+    pub(super) len: u32,
+}
+
+#[derive(Debug)]
+pub(super) struct SplitRing<S: DmaSpace<Addr = u64>> {
+    memory: DmaRegion<S>,
+    size: QueueSize,
+    avail: usize,
+    used: usize,
+    event_idx: bool,
+    order: Order,
+    /// Private list of free descriptors: `next[d]` follows `d`.
+    next: Storage<u16>,
+    first_free: u16,
+    free: u16,
+    /// Index of the next available entry.
+    avail_idx: u16,
+    /// `avail_idx` when the device was last shown it.
+    published: u16,
+    /// Index of the next used element to look at.
+    used_idx: u16,
+    /// The device's index when it was last read.
+    used_seen: u16,
+    /// Whether an interrupt was asked for since the last completion. Counts
+    /// only without EVENT_IDX, where asking lasts until it is taken back.
+    armed: bool,
+}
+
+impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
+    /// A ring in fresh memory, with interrupts not asked for. `next` has room
+    /// for one entry a descriptor.
+    pub(super) fn new(
+        space: &S,
+        size: QueueSize,
+        features: Features,
+        next: Storage<u16>,
+    ) -> Result<Self, DmaError> {
+        let avail = size.descriptor_bytes().next_multiple_of(PART_ALIGN);
+        let used = (avail + size.avail_bytes()).next_multiple_of(PART_ALIGN);
+        let bytes = used + size.used_bytes();
+        let layout =
+            Layout::from_size_align(bytes, PART_ALIGN).map_err(|_| DmaError::OutOfMemory {
+                bytes,
+                align: PART_ALIGN,
+            })?;
+        let order = if features.contains(Features::ORDER_PLATFORM) {
+            Order::Platform
+        } else {
+            Order::Threads
+        };
+        let mut ring = Self {
+            memory: space.alloc(layout)?,
+            size,
+            avail,
+            used,
+            event_idx: features.contains(Features::EVENT_IDX),
+            order,
+            next,
+            first_free: 0,
+            free: 0,
+            avail_idx: 0,
+            published: 0,
+            used_idx: 0,
+            used_seen: 0,
+            armed: false,
+        };
+        ring.restart();
+        Ok(ring)
+    }
+
+    /// Puts the ring back to its first state, for a device that was reset.
+    pub(super) fn restart(&mut self) {
+        for offset in (0..self.memory.bytes()).step_by(2) {
+            self.memory.write_u16(offset, 0);
+        }
+        for (index, next) in self.next.iter_mut().enumerate() {
+            *next = index as u16 + 1;
+        }
+        self.first_free = 0;
+        self.free = self.size.get();
+        self.avail_idx = 0;
+        self.published = 0;
+        self.used_idx = 0;
+        self.used_seen = 0;
+        self.armed = false;
+        if self.event_idx {
+            self.suppress_event();
+        } else {
+            self.memory
+                .write_u16(self.avail + AVAIL_FLAGS, AVAIL_F_NO_INTERRUPT);
+        }
+    }
+
+    pub(super) fn addresses(&self) -> QueueAddresses {
+        let base = self.memory.addr();
+        QueueAddresses {
+            size: self.size,
+            descriptors: base,
+            driver: base + self.avail as u64,
+            device: base + self.used as u64,
+        }
+    }
+
+    pub(super) fn size(&self) -> QueueSize {
+        self.size
+    }
+
+    /// Chains that the device was shown and has not used.
+    fn outstanding(&self) -> u16 {
+        self.published.wrapping_sub(self.used_idx)
+    }
+
+    /// Whether the device was shown the chain that got index `position`, one
+    /// of the last 32,768.
+    pub(super) fn is_published(&self, position: u16) -> bool {
+        (self.published.wrapping_sub(position).wrapping_sub(1) as i16) >= 0
+    }
+
+    pub(super) fn free(&self) -> u16 {
+        self.free
+    }
+
+    /// The descriptor that the next chain will start with.
+    pub(super) fn next_head(&self) -> u16 {
+        self.first_free
+    }
+
+    pub(super) fn leak(self) {
+        self.memory.leak();
+    }
+
+    fn take_descriptor(&mut self) -> u16 {
+        let index = self.first_free;
+        self.first_free = self.next.get(usize::from(index)).copied().unwrap_or(0);
+        self.free -= 1;
+        index
+    }
+
+    fn write(&self, index: u16, descriptor: Descriptor) {
+        let offset = usize::from(index) * size_of::<Descriptor>();
+        write_descriptor(&self.memory, offset, descriptor);
+    }
+
+    /// Makes a chain available that lies in a table of `entries` descriptors
+    /// at `table`. The caller has checked that a descriptor is free.
+    pub(super) fn add_indirect(&mut self, table: u64, entries: u16) {
+        let head = self.take_descriptor();
+        let bytes = u32::from(entries) * size_of::<Descriptor>() as u32;
+        self.write(
+            head,
+            Descriptor::new(table, bytes, DescriptorFlags::INDIRECT, 0),
+        );
+        self.make_available(head);
+    }
+
+    /// Makes a chain of `count` parts available, without a table. The caller
+    /// has checked that as many descriptors are free; `count` is not 0.
+    pub(super) fn add_direct(&mut self, count: u16, parts: impl Iterator<Item = Part>) {
+        let head = self.first_free;
+        for (position, part) in (1..=count).zip(parts) {
+            let index = self.take_descriptor();
+            let (flags, next) = if position < count {
+                (part.flags() | DescriptorFlags::NEXT, self.first_free)
+            } else {
+                (part.flags(), 0)
+            };
+            self.write(index, Descriptor::new(part.addr, part.len, flags, next));
+        }
+        self.make_available(head);
+    }
+
+    fn make_available(&mut self, head: u16) {
+        let slot = usize::from(self.size.slot(self.avail_idx));
+        self.memory
+            .write_u16(self.avail + AVAIL_RING + 2 * slot, head);
+        self.avail_idx = self.avail_idx.wrapping_add(1);
+    }
+
+    /// Shows the device all chains added so far (§2.7.13.3), and says whether
+    /// it wants a notification (§2.7.10). `None` if there are no new ones.
+    pub(super) fn publish(&mut self) -> Option<bool> {
+        let (new, old) = (self.avail_idx, self.published);
+        if new == old {
+            return None;
+        }
+        self.published = new;
+        barrier::write(self.order);
+        self.memory.store_release_u16(self.avail + AVAIL_IDX, new);
+        // The device may be about to sleep: it arms, then looks at the index.
+        // We move the index, then look whether it is armed. With a full
+        // barrier on both sides, one of the two sees the other.
+        barrier::full(self.order);
+        Some(if self.event_idx {
+            let event = self
+                .memory
+                .read_u16(self.used + self.size.avail_event_offset());
+            need_event(event, new, old)
+        } else {
+            self.memory.read_u16(self.used + USED_FLAGS) & USED_F_NO_NOTIFY == 0
+        })
+    }
+
+    /// The index that the next chain will have.
+    pub(super) fn position(&self) -> u16 {
+        self.avail_idx
+    }
+
+    /// The next chain that the device says it used. Its descriptors are still
+    /// taken: the caller checks it, then calls [`free_chain`](Self::free_chain).
+    pub(super) fn next_used(&mut self) -> Result<Option<Used>, Fault> {
+        if self.used_idx == self.used_seen {
+            let to = self.memory.load_acquire_u16(self.used + USED_IDX);
+            barrier::read(self.order);
+            if to == self.used_idx {
+                return Ok(None);
+            }
+            let in_flight = self.outstanding();
+            if advance(self.used_idx, to, in_flight).is_none() {
+                return Err(Fault::IndexJump {
+                    from: self.used_idx,
+                    to,
+                    in_flight,
+                });
+            }
+            self.used_seen = to;
+        }
+        if self.armed {
+            // Interrupts are not wanted while completions are looked at anyway.
+            self.armed = false;
+            self.memory
+                .write_u16(self.avail + AVAIL_FLAGS, AVAIL_F_NO_INTERRUPT);
+        }
+        let slot = usize::from(self.size.slot(self.used_idx));
+        let offset = self.used + USED_RING + size_of::<UsedElement>() * slot;
+        let id = self.memory.read_u32(offset);
+        let len = self.memory.read_u32(offset + 4);
+        let size = self.size.get();
+        match u16::try_from(id) {
+            Ok(head) if head < size => {
+                self.used_idx = self.used_idx.wrapping_add(1);
+                if self.event_idx && self.used_idx.is_multiple_of(EVENT_REFRESH) {
+                    self.suppress_event();
+                }
+                Ok(Some(Used { head, len }))
+            }
+            _ => Err(Fault::UsedId { id, size }),
+        }
+    }
+
+    /// Frees the `count` descriptors of the chain that starts at `head`.
+    pub(super) fn free_chain(&mut self, head: u16, count: u16) {
+        let mut last = head;
+        for _ in 1..count {
+            last = self.next.get(usize::from(last)).copied().unwrap_or(0);
+        }
+        if let Some(next) = self.next.get_mut(usize::from(last)) {
+            *next = self.first_free;
+        }
+        self.first_free = head;
+        self.free += count;
+    }
+
+    /// Asks for an interrupt at the next completion; `true` if there is one
+    /// already (§2.7.7, §2.7.14).
+    pub(super) fn arm(&mut self) -> bool {
+        if self.event_idx {
+            self.memory
+                .write_u16(self.avail + self.size.used_event_offset(), self.used_idx);
+        } else if !self.armed {
+            self.armed = true;
+            self.memory.write_u16(self.avail + AVAIL_FLAGS, 0);
+        }
+        // The mirror of `publish`: arm, then look.
+        barrier::full(self.order);
+        self.memory.read_u16(self.used + USED_IDX) != self.used_idx
+    }
+
+    /// Puts `used_event` where the device's index has been already.
+    fn suppress_event(&self) {
+        let behind = self.used_idx.wrapping_sub(1);
+        self.memory
+            .write_u16(self.avail + self.size.used_event_offset(), behind);
+    }
+}
+
+/// Writes a chain of `count` parts as an indirect table at `offset`.
+pub(super) fn write_table<S: DmaSpace>(
+    memory: &DmaRegion<S>,
+    offset: usize,
+    count: u16,
+    parts: impl Iterator<Item = Part>,
+) {
+    for (index, part) in (0..count).zip(parts) {
+        let next = index + 1;
+        let descriptor = if next < count {
+            Descriptor::new(
+                part.addr,
+                part.len,
+                part.flags() | DescriptorFlags::NEXT,
+                next,
+            )
+        } else {
+            Descriptor::new(part.addr, part.len, part.flags(), 0)
+        };
+        write_descriptor(
+            memory,
+            offset + usize::from(index) * size_of::<Descriptor>(),
+            descriptor,
+        );
+    }
+}
+
+/// Two 64-bit stores, not sixteen of a byte.
+fn write_descriptor<S: DmaSpace>(memory: &DmaRegion<S>, offset: usize, descriptor: Descriptor) {
+    let [low, high]: [zerocopy::little_endian::U64; 2] = zerocopy::transmute!(descriptor);
+    memory.write_u64(offset, low.get());
+    memory.write_u64(offset + 8, high.get());
+}

@@ -1,0 +1,237 @@
+//! Transports: how a driver finds, configures and resets a device.
+//!
+//! All of this is the cold path. What a queue needs while it works, its
+//! doorbell, is made once.
+#![allow(unsafe_code)]
+
+mod mmio;
+
+pub use mmio::{MmioDoorbell, MmioError, MmioTransport};
+
+use crate::doorbell::Doorbell;
+use core::sync::atomic::{AtomicU32, Ordering};
+use pvkit_protocol::virtio::split::QueueSize;
+use pvkit_protocol::virtio::{DeviceStatus, Features};
+use thiserror::Error;
+
+/// Where the parts of a queue lie, as the device sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueAddresses {
+    /// Number of descriptors.
+    pub size: QueueSize,
+    /// Descriptor area: the descriptor table (virtio 1.3 §2.6).
+    pub descriptors: u64,
+    /// Driver area: the available ring.
+    pub driver: u64,
+    /// Device area: the used ring.
+    pub device: u64,
+}
+
+bitflags::bitflags! {
+    /// Why a device interrupted.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+    pub struct Events: u8 {
+        /// A queue has completions.
+        const QUEUE = 1;
+        /// The configuration changed.
+        const CONFIG = 2;
+        /// The device asks to be reset.
+        const NEEDS_RESET = 4;
+    }
+}
+
+/// A reset did not finish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the device did not finish its reset: status still {status:#x} after {reads} reads")]
+pub struct ResetTimeout {
+    /// The last status that was read.
+    pub status: u8,
+    /// How often it was read.
+    pub reads: u32,
+}
+
+/// The life of a device between two resets. A queue belongs to the life in
+/// which the device was told about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueIdentity {
+    device: u32,
+    life: u32,
+    queue: u16,
+}
+
+/// Counts the lives of one device, for implementations of [`Transport`].
+#[derive(Debug)]
+pub struct Lives {
+    device: u32,
+    life: u32,
+}
+
+impl Lives {
+    /// A device that is not known to be in any life yet.
+    #[must_use]
+    pub fn new() -> Self {
+        // Only tells devices apart: no order with other memory is needed.
+        static DEVICES: AtomicU32 = AtomicU32::new(0);
+        Self {
+            device: DEVICES.fetch_add(1, Ordering::Relaxed),
+            life: 0,
+        }
+    }
+
+    /// The identity of a queue that is set up now.
+    #[must_use]
+    pub fn queue(&self, queue: u16) -> QueueIdentity {
+        QueueIdentity {
+            device: self.device,
+            life: self.life,
+            queue,
+        }
+    }
+
+    /// The device was reset: a new life begins, and this proves that the old
+    /// ones are over.
+    ///
+    /// # Safety
+    /// The device does not access any queue or buffer that it was told about
+    /// before this call.
+    pub unsafe fn over(&mut self) -> Quiesced {
+        let ended = self.life;
+        self.life = self.life.wrapping_add(1);
+        Quiesced {
+            device: self.device,
+            ended,
+            queue: None,
+        }
+    }
+
+    /// One queue was reset; the others live on.
+    ///
+    /// # Safety
+    /// The device does not access this queue, or a buffer in it, as it was
+    /// told before this call.
+    pub unsafe fn queue_over(&mut self, queue: u16) -> Quiesced {
+        let ended = self.life;
+        self.life = self.life.wrapping_add(1);
+        Quiesced {
+            device: self.device,
+            ended,
+            queue: Some(queue),
+        }
+    }
+}
+
+impl Default for Lives {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The proof that a device has let go of queues and buffers that it was told
+/// about before.
+#[derive(Debug)]
+pub struct Quiesced {
+    device: u32,
+    ended: u32,
+    queue: Option<u16>,
+}
+
+impl Quiesced {
+    /// Whether the proof is about this queue, in this life or an earlier one.
+    pub(crate) fn covers(&self, queue: QueueIdentity) -> bool {
+        self.device == queue.device
+            && self.ended.wrapping_sub(queue.life) < u32::MAX / 2
+            && self.queue.is_none_or(|index| index == queue.queue)
+    }
+}
+
+/// virtio's control plane: everything but moving requests (virtio 1.3 §4).
+///
+/// # Safety
+/// [`reset`](Transport::reset) and [`reset_queue`](Transport::reset_queue)
+/// return a proof only once the device has let go of its queues (see
+/// [`Lives`]), and queues reach the device at exactly the addresses given.
+pub unsafe trait Transport: Send {
+    /// How queues of this transport notify the device.
+    type Doorbell: Doorbell;
+
+    /// The device type (virtio 1.3 §5).
+    fn device_id(&self) -> u32;
+
+    /// The device status.
+    fn status(&self) -> DeviceStatus;
+
+    /// Sets the device status. Never to 0: that is [`reset`](Transport::reset).
+    fn set_status(&mut self, status: DeviceStatus);
+
+    /// Resets the device and waits until it has finished (§2.4.1).
+    ///
+    /// # Errors
+    /// [`ResetTimeout`] if the status does not become 0.
+    fn reset(&mut self) -> Result<Quiesced, ResetTimeout>;
+
+    /// Resets one queue and waits. Needs
+    /// [`RING_RESET`](Features::RING_RESET).
+    ///
+    /// # Errors
+    /// [`ResetTimeout`] if the device does not finish.
+    fn reset_queue(&mut self, queue: u16) -> Result<Quiesced, ResetTimeout>;
+
+    /// The identity of a queue that is set up now.
+    fn identity(&self, queue: u16) -> QueueIdentity;
+
+    /// All features that the device offers.
+    fn device_features(&mut self) -> Features;
+
+    /// Accepts features.
+    fn set_driver_features(&mut self, features: Features);
+
+    /// Changes whenever the configuration space may have changed.
+    fn config_generation(&self) -> u32;
+
+    /// Reads configuration space from `offset` on, with accesses as wide as
+    /// their alignment allows; bytes beyond its end read as ones.
+    fn read_config(&self, offset: usize, out: &mut [u8]);
+
+    /// Writes configuration space from `offset` on.
+    fn write_config(&mut self, offset: usize, data: &[u8]);
+
+    /// The largest size of a queue; 0 if there is no such queue.
+    fn queue_max_size(&mut self, queue: u16) -> u32;
+
+    /// Tells the device where a queue lies, and enables it.
+    fn set_up_queue(&mut self, queue: u16, at: QueueAddresses);
+
+    /// The doorbell of a queue.
+    fn doorbell(&self, queue: u16) -> Self::Doorbell;
+
+    /// Says why the device interrupted, and acknowledges that.
+    fn claim_events(&self) -> Events;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Lives;
+
+    #[test]
+    fn a_proof_covers_what_was_set_up_before_it() {
+        let (mut one, mut two) = (Lives::new(), Lives::new());
+        let (old, other) = (one.queue(0), two.queue(0));
+        // SAFETY: there is no device.
+        let (proof, foreign) = unsafe { (one.over(), two.over()) };
+        let new = one.queue(0);
+        assert!(proof.covers(old));
+        assert!(!proof.covers(new), "the queue was set up after the reset");
+        assert!(!proof.covers(other), "another device");
+        assert!(foreign.covers(other));
+
+        let (kept, gone) = (one.queue(1), one.queue(2));
+        // SAFETY: there is no device.
+        let proof = unsafe { one.queue_over(2) };
+        assert!(proof.covers(gone));
+        assert!(!proof.covers(kept));
+        assert!(!proof.covers(one.queue(2)));
+        // SAFETY: there is no device.
+        let proof = unsafe { one.over() };
+        assert!(proof.covers(kept), "a later reset covers earlier lives");
+    }
+}
