@@ -1,0 +1,2 @@
+//! The `pvkit` program.
+fn main() {}

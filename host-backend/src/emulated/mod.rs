@@ -1,0 +1,2 @@
+//! Devices that exist as chips.
+#![forbid(unsafe_code)]

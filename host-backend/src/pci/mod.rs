@@ -1,0 +1,2 @@
+//! A small PCI host bridge.
+#![forbid(unsafe_code)]

@@ -1,0 +1,203 @@
+//! A request as the driver described it: two lists of guest ranges.
+#![forbid(unsafe_code)]
+
+use super::Fault;
+use crate::memory::{IoBufs, MemoryError, Snapshot};
+use std::sync::Arc;
+
+/// A range of guest memory that a descriptor names. Not checked until it is
+/// used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) addr: u64,
+    pub(super) len: u32,
+}
+
+/// A chain of descriptors, copied out of guest memory: first what the device
+/// may read, then what it may write.
+///
+/// Make one for each lane, with room for the longest chain, and use it again
+/// for every request.
+#[derive(Debug)]
+pub struct Chain {
+    head: u16,
+    snapshot: Option<Arc<Snapshot>>,
+    ranges: Vec<Range>,
+    /// How many of `ranges` are readable; the others are writable.
+    readable: usize,
+    readable_bytes: u64,
+    writable_bytes: u64,
+}
+
+impl Chain {
+    /// An empty chain with room for `longest` descriptors.
+    #[must_use]
+    pub fn with_capacity(longest: u16) -> Self {
+        Self {
+            head: 0,
+            snapshot: None,
+            ranges: Vec::with_capacity(usize::from(longest)),
+            readable: 0,
+            readable_bytes: 0,
+            writable_bytes: 0,
+        }
+    }
+
+    pub(super) fn start(&mut self, head: u16, snapshot: &Arc<Snapshot>) {
+        self.head = head;
+        self.ranges.clear();
+        self.readable = 0;
+        self.readable_bytes = 0;
+        self.writable_bytes = 0;
+        if self
+            .snapshot
+            .as_ref()
+            .is_none_or(|own| !Arc::ptr_eq(own, snapshot))
+        {
+            self.snapshot = Some(snapshot.clone());
+        }
+    }
+
+    pub(super) fn push(&mut self, range: Range, writable: bool) -> Result<(), Fault> {
+        if range.len == 0 {
+            return Err(Fault::Empty { head: self.head });
+        }
+        if writable {
+            self.writable_bytes += u64::from(range.len);
+        } else {
+            if self.readable != self.ranges.len() {
+                return Err(Fault::Order { head: self.head });
+            }
+            self.readable += 1;
+            self.readable_bytes += u64::from(range.len);
+        }
+        self.ranges.push(range);
+        Ok(())
+    }
+
+    pub(super) fn descriptors(&self) -> usize {
+        self.ranges.len()
+    }
+
+    /// The descriptor that the chain starts with: its name in the queue.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes that the device may read.
+    #[must_use]
+    pub fn readable_bytes(&self) -> u64 {
+        self.readable_bytes
+    }
+
+    /// Bytes that the device may write.
+    #[must_use]
+    pub fn writable_bytes(&self) -> u64 {
+        self.writable_bytes
+    }
+
+    fn readable(&self) -> &[Range] {
+        self.ranges.get(..self.readable).unwrap_or(&[])
+    }
+
+    fn writable(&self) -> &[Range] {
+        self.ranges.get(self.readable..).unwrap_or(&[])
+    }
+
+    /// Copies the first bytes that the device may read. `false` if there are
+    /// fewer than `out` has.
+    ///
+    /// # Errors
+    /// [`Fault::Address`] if they are not in RAM.
+    #[inline]
+    pub fn read_front(&self, out: &mut [u8]) -> Result<bool, Fault> {
+        let Some(snapshot) = &self.snapshot else {
+            return Ok(false);
+        };
+        let mut rest = out;
+        for range in self.readable() {
+            if rest.is_empty() {
+                break;
+            }
+            let count = rest.len().min(range.len as usize);
+            let (now, later) = rest.split_at_mut(count);
+            snapshot
+                .read(range.addr, now)
+                .map_err(|_| self.address(*range))?;
+            rest = later;
+        }
+        Ok(rest.is_empty())
+    }
+
+    /// The guest address of the last byte that the device may write, if there
+    /// is one.
+    ///
+    /// # Errors
+    /// [`Fault::Address`] if it is not in RAM.
+    #[inline]
+    pub fn last_writable(&self) -> Result<Option<u64>, Fault> {
+        let (Some(snapshot), Some(&last)) = (&self.snapshot, self.writable().last()) else {
+            return Ok(None);
+        };
+        let addr = last
+            .addr
+            .checked_add(u64::from(last.len) - 1)
+            .ok_or(self.address(last))?;
+        snapshot.check(addr, 1).map_err(|_| self.address(last))?;
+        Ok(Some(addr))
+    }
+
+    /// Lists what the device may read but the first `skip` bytes.
+    ///
+    /// # Errors
+    /// [`Fault::Address`] if a buffer is not in RAM.
+    #[inline]
+    pub fn readable_after(&self, skip: u64, out: &mut IoBufs) -> Result<(), Fault> {
+        let bytes = self.readable_bytes.saturating_sub(skip);
+        self.list(self.readable(), skip, bytes, out)
+    }
+
+    /// Lists the first `bytes` bytes that the device may write.
+    ///
+    /// # Errors
+    /// [`Fault::Address`] if a buffer is not in RAM.
+    #[inline]
+    pub fn writable_first(&self, bytes: u64, out: &mut IoBufs) -> Result<(), Fault> {
+        self.list(self.writable(), 0, bytes, out)
+    }
+
+    #[inline]
+    fn list(&self, ranges: &[Range], skip: u64, bytes: u64, out: &mut IoBufs) -> Result<(), Fault> {
+        let Some(snapshot) = &self.snapshot else {
+            return Ok(());
+        };
+        out.start(snapshot);
+        let (mut skip, mut left) = (skip, bytes);
+        for range in ranges {
+            if left == 0 {
+                break;
+            }
+            let len = u64::from(range.len);
+            if skip >= len {
+                skip -= len;
+                continue;
+            }
+            let count = (len - skip).min(left);
+            let addr = range.addr.checked_add(skip).ok_or(self.address(*range))?;
+            out.push(addr, count)
+                .map_err(|_: MemoryError| self.address(*range))?;
+            left -= count;
+            skip = 0;
+        }
+        Ok(())
+    }
+
+    fn address(&self, range: Range) -> Fault {
+        Fault::Address {
+            head: self.head,
+            addr: range.addr,
+            len: range.len,
+        }
+    }
+}

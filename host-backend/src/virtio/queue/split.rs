@@ -1,0 +1,321 @@
+//! The device's half of the split ring (virtio 1.3 §2.7).
+#![forbid(unsafe_code)]
+
+use super::chain::Range;
+use super::{Chain, Fault, QueueAddresses, QueueState};
+use crate::memory::{Mapped, MemoryError, Snapshot};
+use pvkit_protocol::virtio::Features;
+use pvkit_protocol::virtio::split::{
+    AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, DESCRIPTOR_ALIGN,
+    Descriptor, DescriptorFlags, QueueSize, USED_ALIGN, USED_F_NO_NOTIFY, USED_FLAGS, USED_IDX,
+    USED_RING, UsedElement, advance, need_event,
+};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use zerocopy::little_endian::U64;
+use zerocopy::{FromZeros, IntoBytes};
+
+/// While the driver's notifications are not wanted, `avail_event` is kept
+/// behind the available index; it is moved along after this many chains, so
+/// that the index never comes around to it.
+const EVENT_REFRESH: u16 = 0x4000;
+
+const DESCRIPTOR_BYTES: usize = size_of::<Descriptor>();
+
+#[derive(Debug)]
+pub(super) struct SplitRing {
+    snapshot: Arc<Snapshot>,
+    descriptors: Mapped,
+    avail: Mapped,
+    used: Mapped,
+    size: QueueSize,
+    event_idx: bool,
+    indirect: bool,
+    /// Most descriptors of a chain.
+    longest: u16,
+    /// Copy of the indirect table that is being walked.
+    table: Vec<Descriptor>,
+    /// Chains that the device has, by head.
+    taken: Vec<bool>,
+    in_flight: u16,
+    /// Index of the next available entry to fetch.
+    next_avail: u16,
+    /// The driver's index when it was last read.
+    avail_seen: u16,
+    /// Index of the next used element to write.
+    next_used: u16,
+    /// `next_used` when the driver was last asked whether it wants an
+    /// interrupt.
+    published: u16,
+}
+
+struct Parts {
+    descriptors: Mapped,
+    avail: Mapped,
+    used: Mapped,
+}
+
+fn map(snapshot: &Arc<Snapshot>, at: QueueAddresses) -> Result<Parts, MemoryError> {
+    let size = at.size;
+    Ok(Parts {
+        descriptors: snapshot.map(at.descriptors, size.descriptor_bytes(), DESCRIPTOR_ALIGN)?,
+        avail: snapshot.map(at.driver, size.avail_bytes(), AVAIL_ALIGN)?,
+        used: snapshot.map(at.device, size.used_bytes(), USED_ALIGN)?,
+    })
+}
+
+impl SplitRing {
+    pub(super) fn new(
+        snapshot: Arc<Snapshot>,
+        at: QueueAddresses,
+        features: Features,
+        longest: u16,
+        state: QueueState,
+    ) -> Result<Self, MemoryError> {
+        let Parts {
+            descriptors,
+            avail,
+            used,
+        } = map(&snapshot, at)?;
+        let size = at.size;
+        let longest = longest.max(size.get());
+        Ok(Self {
+            snapshot,
+            descriptors,
+            avail,
+            used,
+            size,
+            event_idx: features.contains(Features::EVENT_IDX),
+            indirect: features.contains(Features::INDIRECT_DESC),
+            longest,
+            table: vec![Descriptor::new_zeroed(); usize::from(longest)],
+            taken: vec![false; usize::from(size.get())],
+            in_flight: 0,
+            next_avail: state.next_avail,
+            avail_seen: state.next_avail,
+            next_used: state.next_used,
+            published: state.next_used,
+        })
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.snapshot.epoch()
+    }
+
+    pub(super) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    pub(super) fn remap(
+        &mut self,
+        snapshot: Arc<Snapshot>,
+        at: QueueAddresses,
+    ) -> Result<(), MemoryError> {
+        let Parts {
+            descriptors,
+            avail,
+            used,
+        } = map(&snapshot, at)?;
+        self.snapshot = snapshot;
+        self.descriptors = descriptors;
+        self.avail = avail;
+        self.used = used;
+        Ok(())
+    }
+
+    pub(super) fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        QueueState {
+            next_avail: self.next_avail,
+            next_used: self.next_used,
+        }
+    }
+
+    pub(super) fn pop(&mut self, chain: &mut Chain) -> Result<bool, Fault> {
+        let size = self.size.get();
+        if self.next_avail == self.avail_seen {
+            let to = self.avail.load_acquire_u16(AVAIL_IDX);
+            if to == self.next_avail {
+                return Ok(false);
+            }
+            if advance(self.next_avail, to, size).is_none() {
+                return Err(Fault::IndexJump {
+                    from: self.next_avail,
+                    to,
+                    size,
+                });
+            }
+            self.avail_seen = to;
+        }
+        let slot = usize::from(self.size.slot(self.next_avail));
+        let head = self.avail.read_u16(AVAIL_RING + 2 * slot);
+        let taken = self
+            .taken
+            .get_mut(usize::from(head))
+            .ok_or(Fault::Head { head, size })?;
+        if *taken {
+            return Err(Fault::HeadInFlight { head });
+        }
+        *taken = true;
+        self.in_flight += 1;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        if self.event_idx && self.next_avail.is_multiple_of(EVENT_REFRESH) {
+            self.used.write_u16(
+                self.size.avail_event_offset(),
+                self.next_avail.wrapping_sub(1),
+            );
+        }
+        chain.start(head, &self.snapshot);
+        self.walk(head, chain)?;
+        Ok(true)
+    }
+
+    /// Copies the chain at `head` descriptor by descriptor.
+    fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), Fault> {
+        let size = self.size.get();
+        let mut index = head;
+        loop {
+            let offset = usize::from(index) * DESCRIPTOR_BYTES;
+            // One copy; what is checked is the copy.
+            let low = self.descriptors.read_u64(offset);
+            let high = self.descriptors.read_u64(offset + 8);
+            let descriptor: Descriptor = zerocopy::transmute!([U64::new(low), U64::new(high)]);
+            let flags = descriptor.flags();
+            if flags.contains(DescriptorFlags::INDIRECT) {
+                // Normal descriptors may come before it, none after it
+                // (§2.7.5.3.2).
+                if !self.indirect || flags.contains(DescriptorFlags::NEXT) {
+                    return Err(Fault::Indirect { head, index });
+                }
+                return self.walk_table(head, &descriptor, chain);
+            }
+            self.add(&descriptor, chain)?;
+            if !flags.contains(DescriptorFlags::NEXT) {
+                return Ok(());
+            }
+            let next = descriptor.next.get();
+            if next >= size {
+                return Err(Fault::Next { index, next, size });
+            }
+            index = next;
+        }
+    }
+
+    fn walk_table(
+        &mut self,
+        head: u16,
+        descriptor: &Descriptor,
+        chain: &mut Chain,
+    ) -> Result<(), Fault> {
+        let bytes = descriptor.len.get();
+        let addr = descriptor.addr.get();
+        let entries = bytes as usize / DESCRIPTOR_BYTES;
+        if entries == 0 || !(bytes as usize).is_multiple_of(DESCRIPTOR_BYTES) {
+            return Err(Fault::IndirectLen { head, bytes });
+        }
+        let table = self
+            .table
+            .get_mut(..entries)
+            .ok_or(Fault::IndirectLen { head, bytes })?;
+        self.snapshot
+            .read(addr, table.as_mut_bytes())
+            .map_err(|_| Fault::IndirectAddr { head, addr })?;
+        // At most `longest` entries, so it fits 16 bits.
+        let size = entries as u16;
+        let mut index = 0u16;
+        loop {
+            let Some(&descriptor) = self.table.get(usize::from(index)) else {
+                return Err(Fault::Next {
+                    index,
+                    next: index,
+                    size,
+                });
+            };
+            let flags = descriptor.flags();
+            if flags.contains(DescriptorFlags::INDIRECT) {
+                return Err(Fault::Indirect { head, index });
+            }
+            self.add(&descriptor, chain)?;
+            if !flags.contains(DescriptorFlags::NEXT) {
+                return Ok(());
+            }
+            let next = descriptor.next.get();
+            if next >= size {
+                return Err(Fault::Next { index, next, size });
+            }
+            index = next;
+        }
+    }
+
+    fn add(&self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), Fault> {
+        if chain.descriptors() >= usize::from(self.longest) {
+            return Err(Fault::ChainTooLong {
+                head: chain.head(),
+                most: self.longest,
+            });
+        }
+        let range = Range {
+            addr: descriptor.addr.get(),
+            len: descriptor.len.get(),
+        };
+        chain.push(range, descriptor.flags().contains(DescriptorFlags::WRITE))
+    }
+
+    pub(super) fn push(&mut self, head: u16, written: u32) {
+        let slot = usize::from(self.size.slot(self.next_used));
+        let offset = USED_RING + size_of::<UsedElement>() * slot;
+        self.used.write_u32(offset, u32::from(head));
+        self.used.write_u32(offset + 4, written);
+        self.next_used = self.next_used.wrapping_add(1);
+        if let Some(taken) = self.taken.get_mut(usize::from(head))
+            && *taken
+        {
+            *taken = false;
+            self.in_flight -= 1;
+        }
+    }
+
+    pub(super) fn show(&mut self) {
+        self.used.store_release_u16(USED_IDX, self.next_used);
+    }
+
+    pub(super) fn publish(&mut self) -> Option<bool> {
+        let (new, old) = (self.next_used, self.published);
+        if new == old {
+            return None;
+        }
+        self.published = new;
+        self.show();
+        // The driver may be about to sleep: it arms, then looks at the index.
+        // We move the index, then look whether it is armed.
+        fence(Ordering::SeqCst);
+        Some(if self.event_idx {
+            need_event(self.avail.read_u16(self.size.used_event_offset()), new, old)
+        } else {
+            self.avail.read_u16(AVAIL_FLAGS) & AVAIL_F_NO_INTERRUPT == 0
+        })
+    }
+
+    pub(super) fn arm(&mut self) -> bool {
+        if self.event_idx {
+            self.used
+                .write_u16(self.size.avail_event_offset(), self.next_avail);
+        } else {
+            self.used.write_u16(USED_FLAGS, 0);
+        }
+        // The mirror of `publish`: arm, then look.
+        fence(Ordering::SeqCst);
+        self.avail.read_u16(AVAIL_IDX) != self.next_avail
+    }
+
+    pub(super) fn disarm(&mut self) {
+        // With EVENT_IDX the event is behind as soon as the next chain is
+        // fetched.
+        if !self.event_idx {
+            self.used.write_u16(USED_FLAGS, USED_F_NO_NOTIFY);
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! The part of every virtio transport that is not its registers: negotiation,
+//! queue set-up, and the life of the lanes (virtio 1.3 §2.1, §2.4, §3.1).
+#![forbid(unsafe_code)]
+
+use crate::event::EventFd;
+use crate::executor::{Executor, Stopped};
+use crate::memory::GuestMemory;
+use crate::virtio::device::{Device, DeviceEvents, Identity, LaneResources, StartError};
+use crate::virtio::queue::{Fault, QueueAddresses, QueueResources};
+use crate::worker::Signal;
+use pvkit_protocol::virtio::split::QueueSize;
+use pvkit_protocol::virtio::{DeviceStatus, Features};
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// How a transport interrupts the driver.
+pub trait TransportSignals: Send + Sync + fmt::Debug {
+    /// The configuration changed, or the device needs a reset.
+    fn config(&self);
+    /// The signal of a queue.
+    fn queue(self: Arc<Self>, queue: u16) -> Arc<dyn Signal>;
+    /// Forgets interrupts that the driver has not acknowledged.
+    fn reset(&self);
+}
+
+/// One of the values that a driver sets for a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueueRegister {
+    /// Number of descriptors.
+    Size,
+    /// Low or high half of the descriptor area's address.
+    Descriptors {
+        /// Bits 63 to 32.
+        high: bool,
+    },
+    /// Low or high half of the driver area's address.
+    Driver {
+        /// Bits 63 to 32.
+        high: bool,
+    },
+    /// Low or high half of the device area's address.
+    Device {
+        /// Bits 63 to 32.
+        high: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct QueueRegisters {
+    size: u32,
+    descriptors: u64,
+    driver: u64,
+    device: u64,
+    ready: bool,
+}
+
+/// What lanes tell the transport from their own threads.
+#[derive(Debug)]
+struct Events<S> {
+    signals: Arc<S>,
+    needs_reset: AtomicBool,
+    config_generation: AtomicU32,
+}
+
+impl<S: TransportSignals> DeviceEvents for Events<S> {
+    fn config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        self.signals.config();
+    }
+
+    fn needs_reset(&self, lane: u16, fault: Fault) {
+        log::warn!("virtio: lane {lane} needs a reset: {fault}");
+        self.needs_reset.store(true, Ordering::Release);
+        self.signals.config();
+    }
+}
+
+/// A device, as far as a driver controls it.
+#[derive(Debug)]
+pub struct Control<S> {
+    device: Box<dyn Device>,
+    identity: Identity,
+    memory: GuestMemory,
+    executor: Box<dyn Executor>,
+    events: Arc<Events<S>>,
+    queues: Vec<QueueRegisters>,
+    kicks: Vec<Arc<EventFd>>,
+    /// By lane: whether a worker was handed to the executor and not taken back.
+    running: Vec<bool>,
+    driver_features: Features,
+    status: DeviceStatus,
+    /// The driver asked for a reset, and some lanes still run.
+    resetting: bool,
+}
+
+impl<S: TransportSignals + 'static> Control<S> {
+    /// A device in its state at power-on.
+    ///
+    /// # Errors
+    /// What the host says if there are no more file descriptors.
+    pub fn new(
+        mut device: Box<dyn Device>,
+        memory: GuestMemory,
+        executor: Box<dyn Executor>,
+        signals: Arc<S>,
+    ) -> io::Result<Self> {
+        let identity = device.identity();
+        let queues = identity
+            .lanes
+            .iter()
+            .map(|lane| lane.end)
+            .max()
+            .unwrap_or(0);
+        let kicks = (0..queues)
+            .map(|_| EventFd::new().map(Arc::new))
+            .collect::<io::Result<Vec<_>>>()?;
+        let events = Arc::new(Events {
+            signals,
+            needs_reset: AtomicBool::new(false),
+            config_generation: AtomicU32::new(0),
+        });
+        device.connect(events.clone());
+        Ok(Self {
+            running: vec![false; identity.lanes.len()],
+            queues: vec![QueueRegisters::default(); usize::from(queues)],
+            device,
+            identity,
+            memory,
+            executor,
+            events,
+            kicks,
+            driver_features: Features::empty(),
+            status: DeviceStatus::empty(),
+            resetting: false,
+        })
+    }
+
+    /// What the device is.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The doorbells of all queues, for ioeventfds.
+    #[must_use]
+    pub fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
+    /// Rings the doorbell of a queue. Queues that do not exist are ignored.
+    pub fn kick(&self, queue: u32) {
+        match self.kicks.get(queue as usize) {
+            Some(kick) => kick.notify(),
+            None => log::debug!("virtio: notification of queue {queue}, which does not exist"),
+        }
+    }
+
+    /// The device status. While a reset is under way it stays as it was.
+    pub fn status(&mut self) -> DeviceStatus {
+        self.finish_reset();
+        let mut status = self.status;
+        if self.events.needs_reset.load(Ordering::Acquire) {
+            status |= DeviceStatus::DEVICE_NEEDS_RESET;
+        }
+        status
+    }
+
+    /// The driver writes the device status; 0 resets.
+    pub fn set_status(&mut self, status: DeviceStatus) {
+        self.finish_reset();
+        if status.is_empty() {
+            self.begin_reset();
+            return;
+        }
+        if self.resetting {
+            log::debug!("virtio: status {status:?} written during a reset");
+            return;
+        }
+        // Only a reset clears bits (§2.1.1).
+        let mut status = status - DeviceStatus::DEVICE_NEEDS_RESET;
+        if !status.contains(self.status) {
+            log::debug!(
+                "virtio: status {status:?} would clear bits of {:?}",
+                self.status
+            );
+            return;
+        }
+        let new = status - self.status;
+        if new.contains(DeviceStatus::FEATURES_OK) && !self.features_acceptable() {
+            status -= DeviceStatus::FEATURES_OK;
+        }
+        let start = new.contains(DeviceStatus::DRIVER_OK);
+        if start && !status.contains(DeviceStatus::FEATURES_OK) {
+            log::debug!("virtio: DRIVER_OK without FEATURES_OK");
+            return;
+        }
+        self.status = status;
+        if start {
+            self.start();
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        let unknown = self.driver_features - self.identity.features;
+        if !unknown.is_empty() {
+            log::debug!("virtio: the driver wants features that were not offered: {unknown:?}");
+            return false;
+        }
+        // There is no legacy interface here (§6.1.2).
+        self.driver_features.contains(Features::VERSION_1)
+    }
+
+    /// The features that the driver accepted.
+    #[must_use]
+    pub fn driver_features(&self) -> Features {
+        self.driver_features
+    }
+
+    /// The driver accepts features; not after FEATURES_OK.
+    pub fn set_driver_features(&mut self, features: Features) {
+        if self.status.contains(DeviceStatus::FEATURES_OK) || self.resetting {
+            log::debug!("virtio: features written after FEATURES_OK");
+            return;
+        }
+        self.driver_features = features;
+    }
+
+    /// Changes whenever the configuration may have.
+    #[must_use]
+    pub fn config_generation(&self) -> u32 {
+        self.events.config_generation.load(Ordering::Acquire)
+    }
+
+    /// The driver reads configuration space.
+    pub fn read_config(&self, offset: u32, out: &mut [u8]) {
+        self.device.read_config(offset, out);
+    }
+
+    /// The driver writes configuration space.
+    pub fn write_config(&mut self, offset: u32, data: &[u8]) {
+        if !self.resetting {
+            self.device.write_config(offset, data);
+        }
+    }
+
+    /// Largest size of a queue; 0 if it does not exist.
+    #[must_use]
+    pub fn queue_size_max(&self, queue: u32) -> u32 {
+        if (queue as usize) < self.queues.len() {
+            u32::from(self.identity.queue_size_max)
+        } else {
+            0
+        }
+    }
+
+    /// Whether the driver has enabled a queue.
+    #[must_use]
+    pub fn queue_ready(&self, queue: u32) -> bool {
+        self.queues
+            .get(queue as usize)
+            .is_some_and(|queue| queue.ready)
+    }
+
+    /// The driver describes a queue. Ignored once it is enabled or running.
+    pub fn set_queue(&mut self, queue: u32, register: QueueRegister, value: u32) {
+        if self.status.contains(DeviceStatus::DRIVER_OK) || self.resetting {
+            log::debug!("virtio: {register:?} of queue {queue} written after DRIVER_OK");
+            return;
+        }
+        let Some(registers) = self
+            .queues
+            .get_mut(queue as usize)
+            .filter(|queue| !queue.ready)
+        else {
+            log::debug!("virtio: {register:?} of queue {queue} written, but it is ready or absent");
+            return;
+        };
+        let half = |address: &mut u64, high: bool| {
+            *address = if high {
+                (*address & 0xffff_ffff) | (u64::from(value) << 32)
+            } else {
+                (*address & !0xffff_ffff) | u64::from(value)
+            };
+        };
+        match register {
+            QueueRegister::Size => registers.size = value,
+            QueueRegister::Descriptors { high } => half(&mut registers.descriptors, high),
+            QueueRegister::Driver { high } => half(&mut registers.driver, high),
+            QueueRegister::Device { high } => half(&mut registers.device, high),
+        }
+    }
+
+    /// The driver enables a queue (or disables it again, before DRIVER_OK). A
+    /// queue of an impossible size stays disabled.
+    pub fn set_queue_ready(&mut self, queue: u32, ready: bool) {
+        if self.status.contains(DeviceStatus::DRIVER_OK) || self.resetting {
+            log::debug!("virtio: queue {queue} enabled or disabled after DRIVER_OK");
+            return;
+        }
+        let most = u32::from(self.identity.queue_size_max);
+        let Some(registers) = self.queues.get_mut(queue as usize) else {
+            return;
+        };
+        let possible = registers.size <= most && QueueSize::new(registers.size).is_ok();
+        if ready && !possible {
+            log::debug!("virtio: queue {queue} cannot have size {}", registers.size);
+        }
+        registers.ready = ready && possible;
+    }
+
+    /// Starts every lane whose queues are all enabled.
+    fn start(&mut self) {
+        for index in 0..self.identity.lanes.len() {
+            let lane = index as u16;
+            if let Err(error) = self.start_lane(lane) {
+                log::warn!("virtio: lane {lane} does not start: {error}");
+                self.events.needs_reset.store(true, Ordering::Release);
+                self.events.signals.config();
+            }
+        }
+    }
+
+    fn start_lane(&mut self, lane: u16) -> Result<(), LaneError> {
+        let index = usize::from(lane);
+        let Some(range) = self.identity.lanes.get(index).cloned() else {
+            return Ok(());
+        };
+        let mut queues = Vec::new();
+        for queue in range {
+            let (Some(registers), Some(kick)) = (
+                self.queues.get(usize::from(queue)),
+                self.kicks.get(usize::from(queue)),
+            ) else {
+                return Ok(());
+            };
+            if !registers.ready {
+                return Ok(());
+            }
+            queues.push(QueueResources {
+                at: QueueAddresses {
+                    size: QueueSize::new(registers.size).map_err(StartError::from)?,
+                    descriptors: registers.descriptors,
+                    driver: registers.driver,
+                    device: registers.device,
+                },
+                signal: self.events.signals.clone().queue(queue),
+                kick: kick.clone(),
+            });
+        }
+        let resources = LaneResources {
+            memory: self.memory.clone(),
+            queues,
+        };
+        let worker = self
+            .device
+            .start(lane, resources, self.driver_features, None)?;
+        self.executor.start(lane, worker, self.events.clone())?;
+        if let Some(running) = self.running.get_mut(index) {
+            *running = true;
+        }
+        Ok(())
+    }
+
+    fn begin_reset(&mut self) {
+        if !self.resetting {
+            self.resetting = true;
+            for (lane, _) in self
+                .running
+                .iter()
+                .enumerate()
+                .filter(|(_, running)| **running)
+            {
+                self.executor.begin_stop(lane as u16);
+            }
+        }
+        self.finish_reset();
+    }
+
+    /// Completes a reset if every lane has stopped by now.
+    fn finish_reset(&mut self) {
+        if !self.resetting {
+            return;
+        }
+        for (lane, running) in self
+            .running
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, running)| **running)
+        {
+            match self.executor.stopped(lane as u16) {
+                Stopped::NotYet => return,
+                Stopped::Worker(worker) => _ = self.device.stopped(lane as u16, worker),
+                Stopped::Gone => {}
+            }
+            *running = false;
+        }
+        self.device.reset();
+        self.events.needs_reset.store(false, Ordering::Release);
+        self.events.signals.reset();
+        self.queues.fill(QueueRegisters::default());
+        self.driver_features = Features::empty();
+        self.status = DeviceStatus::empty();
+        self.resetting = false;
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum LaneError {
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("no thread: {0}")]
+    Thread(#[from] io::Error),
+}

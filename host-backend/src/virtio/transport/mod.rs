@@ -1,0 +1,11 @@
+//! Transports: how a driver finds, configures and resets a device.
+//!
+//! [`Control`] is what all of them share: negotiation, queue set-up and the
+//! life of the lanes. Each transport maps its registers onto it.
+#![forbid(unsafe_code)]
+
+mod control;
+mod mmio;
+
+pub use control::{Control, QueueRegister, TransportSignals};
+pub use mmio::MmioTransport;
