@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use crate::worker::Signal;
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -50,4 +50,15 @@ impl Signal for EventFd {
     fn signal(&self) {
         self.notify();
     }
+}
+
+/// Whether a descriptor can be read now, without waiting.
+#[must_use]
+pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }

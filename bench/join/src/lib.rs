@@ -1,0 +1,102 @@
+//! # pvkit-join
+//!
+//! The shipped drivers and the shipped devices, joined in one process with no
+//! virtual machine between them: what tests, fuzz targets and the benchmark
+//! without `/dev/kvm` run on.
+//!
+//! - [`arena`] is the guest's memory, and how the driver shares it.
+//! - [`wire`] carries the driver's register accesses to the device, and counts
+//!   them.
+//! - [`stepped`] drives the device's lanes by hand, so that every run is the
+//!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
+//!   them on threads of their own.
+//! - [`hostile`] has a guest that writes what it likes, and a device that
+//!   lies.
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+pub mod arena;
+pub mod hostile;
+pub mod stepped;
+#[allow(unsafe_code)]
+pub mod wire;
+
+use arena::{Arena, ArenaSpace};
+use pvkit_guest::virtio::transport::MmioTransport as GuestTransport;
+use pvkit_host::disk::Disk;
+use pvkit_host::executor::Executor;
+use pvkit_host::virtio::block::{Block, BlockCounters, BlockOptions};
+use pvkit_host::virtio::transport::MmioTransport as HostTransport;
+use pvkit_host::worker::SignalCounter;
+use std::sync::Arc;
+use stepped::{Steps, stepped};
+use wire::Wire;
+
+/// A virtio block device, ready for a driver.
+#[derive(Debug)]
+pub struct Join {
+    /// The guest's memory.
+    pub arena: Arena,
+    /// The device's registers.
+    pub wire: Wire,
+    /// What the device's queue has done.
+    pub counters: Arc<BlockCounters>,
+    /// Interrupts that the driver was sent.
+    pub interrupts: Arc<SignalCounter>,
+}
+
+impl Join {
+    /// A device on `disk`, driven by `executor`, and a guest with `bytes` of
+    /// memory.
+    ///
+    /// # Panics
+    /// If the options make no sense, or the host has no memory: this is for
+    /// tests.
+    #[must_use]
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        options: BlockOptions,
+        executor: Box<dyn Executor>,
+        bytes: usize,
+    ) -> Self {
+        let arena = Arena::new(bytes);
+        let device = Block::new(disk, options).expect("block options");
+        let counters = device.counters();
+        let interrupts = Arc::new(SignalCounter::default());
+        let transport = HostTransport::new(
+            Box::new(device),
+            arena.guest_memory().clone(),
+            executor,
+            interrupts.clone(),
+        )
+        .expect("event counters");
+        Self {
+            arena,
+            wire: Wire::new(transport),
+            counters,
+            interrupts,
+        }
+    }
+
+    /// The same, driven by hand.
+    #[must_use]
+    pub fn stepped(disk: Arc<dyn Disk>, options: BlockOptions, bytes: usize) -> (Self, Steps) {
+        let (executor, steps) = stepped();
+        (Self::new(disk, options, Box::new(executor), bytes), steps)
+    }
+
+    /// The driver's view of the device.
+    ///
+    /// # Panics
+    /// If the device is not what it should be.
+    #[must_use]
+    pub fn transport(&self) -> GuestTransport<Wire> {
+        GuestTransport::new(self.wire.clone()).expect("a virtio-mmio device")
+    }
+
+    /// How the driver shares memory with the device.
+    #[must_use]
+    pub fn space(&self) -> ArenaSpace {
+        self.arena.space()
+    }
+}

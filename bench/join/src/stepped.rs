@@ -1,0 +1,147 @@
+//! An executor that is driven by hand: deterministic, on one thread.
+#![forbid(unsafe_code)]
+
+use pvkit_host::event::is_readable;
+use pvkit_host::executor::{Executor, Stopped};
+use pvkit_host::virtio::device::DeviceEvents;
+use pvkit_host::worker::{Progress, Worker};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+#[derive(Debug)]
+struct Lane {
+    worker: Box<dyn Worker>,
+    events: Arc<dyn DeviceEvents>,
+    /// Armed and waiting for a source.
+    asleep: bool,
+    done: bool,
+}
+
+type Lanes = Arc<Mutex<Vec<Option<Lane>>>>;
+
+/// The executor's end: goes into the device's transport.
+#[derive(Debug)]
+pub struct Stepped(Lanes);
+
+/// The hand's end: steps the lanes.
+#[derive(Debug, Clone)]
+pub struct Steps(Lanes);
+
+/// An executor and the hand that drives it.
+#[must_use]
+pub fn stepped() -> (Stepped, Steps) {
+    let lanes = Lanes::default();
+    (Stepped(lanes.clone()), Steps(lanes))
+}
+
+fn lock(lanes: &Lanes) -> MutexGuard<'_, Vec<Option<Lane>>> {
+    lanes.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Lane {
+    fn poll(&mut self, lane: usize, budget: u32) -> Progress {
+        let progress = self.worker.poll(budget);
+        match progress {
+            Progress::Broken(fault) => self.events.needs_reset(lane as u16, fault),
+            Progress::Stopped => self.done = true,
+            Progress::More | Progress::Drained => {}
+        }
+        progress
+    }
+
+    /// Whether a source that the worker waits for is ready.
+    fn is_woken(&self) -> bool {
+        let mut woken = false;
+        self.worker
+            .sources(&mut |fd: BorrowedFd<'_>, _| woken |= is_readable(fd));
+        woken
+    }
+}
+
+impl Steps {
+    /// Polls every lane once, whether it sleeps or not.
+    pub fn poll(&self, budget: u32) -> Vec<Progress> {
+        let mut lanes = lock(&self.0);
+        let lanes = lanes.iter_mut().enumerate();
+        lanes
+            .filter_map(|(index, lane)| Some(lane.as_mut()?.poll(index, budget)))
+            .collect()
+    }
+
+    /// Lets every lane do what a thread would do that spins for no time: if it
+    /// sleeps and nothing wakes it, nothing; otherwise work until there is
+    /// nothing left, arm, and sleep. Returns how many polls found work.
+    pub fn run(&self) -> usize {
+        let mut busy = 0;
+        for (index, lane) in lock(&self.0).iter_mut().enumerate() {
+            let Some(lane) = lane else { continue };
+            if lane.asleep && !lane.is_woken() {
+                continue;
+            }
+            lane.asleep = false;
+            loop {
+                match lane.poll(index, u32::MAX) {
+                    Progress::More => busy += 1,
+                    Progress::Stopped => break,
+                    Progress::Broken(_) => {}
+                    Progress::Drained => {
+                        if !lane.worker.arm() {
+                            lane.asleep = true;
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+        busy
+    }
+}
+
+impl Executor for Stepped {
+    fn start(
+        &mut self,
+        lane: u16,
+        worker: Box<dyn Worker>,
+        events: Arc<dyn DeviceEvents>,
+    ) -> io::Result<()> {
+        let mut lanes = lock(&self.0);
+        let index = usize::from(lane);
+        if lanes.len() <= index {
+            lanes.resize_with(index + 1, || None);
+        }
+        lanes[index] = Some(Lane {
+            worker,
+            events,
+            asleep: false,
+            done: false,
+        });
+        Ok(())
+    }
+
+    fn begin_stop(&mut self, lane: u16) {
+        if let Some(Some(lane)) = lock(&self.0).get_mut(usize::from(lane)) {
+            lane.worker.begin_stop();
+        }
+    }
+
+    fn stopped(&mut self, lane: u16) -> Stopped {
+        let mut lanes = lock(&self.0);
+        let Some(place) = lanes.get_mut(usize::from(lane)) else {
+            return Stopped::Gone;
+        };
+        let Some(running) = place else {
+            return Stopped::Gone;
+        };
+        if !running.done {
+            // The driver waits for the reset and nobody else steps meanwhile.
+            running.poll(usize::from(lane), u32::MAX);
+        }
+        if !running.done {
+            return Stopped::NotYet;
+        }
+        place
+            .take()
+            .map_or(Stopped::Gone, |lane| Stopped::Worker(lane.worker))
+    }
+}

@@ -1,0 +1,129 @@
+//! 70,000 requests, so that every 16-bit index wraps, on every queue size and
+//! ring feature, with requests that complete out of order.
+
+mod common;
+
+use common::RecordingDisk;
+use pvkit_guest::block::{BlockOp, BlockQueue, Reason};
+use pvkit_guest::virtio::block::{Block, BlockOptions};
+use pvkit_host::virtio::block::BlockOptions as DeviceOptions;
+use pvkit_join::Join;
+use std::sync::Arc;
+
+const REQUESTS: u64 = 70_000;
+const SECTORS: u64 = 1 << 12;
+
+/// Fills a sector with its number and who wrote it.
+fn stamp(buffer: &mut [u8], sector: u64, writer: u64) {
+    buffer[..8].copy_from_slice(&sector.to_le_bytes());
+    buffer[8..16].copy_from_slice(&writer.to_le_bytes());
+}
+
+#[test]
+fn every_size_and_feature_for_seventy_thousand_requests() {
+    let mut combinations = 0;
+    for power in 2..=10 {
+        for indirect in [false, true] {
+            for event_idx in [false, true] {
+                run(1 << power, indirect, event_idx);
+                combinations += 1;
+            }
+        }
+    }
+    println!("{combinations} combinations of {REQUESTS} requests");
+    assert_eq!(combinations, 9 * 4);
+}
+
+fn run(queue_size: u16, indirect: bool, event_idx: bool) {
+    let name = format!("size {queue_size}, indirect {indirect}, event index {event_idx}");
+    let disk = RecordingDisk::new(SECTORS);
+    disk.allow(0);
+    let device = DeviceOptions {
+        queue_size,
+        indirect,
+        event_idx,
+        ..DeviceOptions::default()
+    };
+    let (join, steps) = Join::stepped(Arc::new(disk.clone()), device, 8 << 20);
+    let options = BlockOptions {
+        queue_size,
+        max_segments: 2,
+        ..BlockOptions::default()
+    };
+    let (block, mut queue) = Block::open(join.transport(), join.space(), options).unwrap();
+
+    // What each sector holds, as the requests say.
+    let mut content: Vec<u64> = vec![u64::MAX; SECTORS as usize];
+    let mut buffers: Vec<_> = (0..queue.depth())
+        .map(|_| join.arena.buffer(512).unwrap())
+        .collect();
+    let (mut submitted, mut completed, mut noise) = (0u64, 0u64, 1u64);
+    let mut random = move || {
+        noise ^= noise << 13;
+        noise ^= noise >> 7;
+        noise ^= noise << 17;
+        noise
+    };
+    while completed < REQUESTS {
+        // A burst of random length, sometimes as many as fit.
+        let burst = random() % (2 * u64::from(queue_size));
+        for _ in 0..burst {
+            if submitted == REQUESTS {
+                break;
+            }
+            let Some(mut buffer) = buffers.pop() else {
+                break;
+            };
+            // Each sector is in at most one outstanding request.
+            let sector = submitted % SECTORS;
+            let op = if submitted & 1 == 0 || content[sector as usize] == u64::MAX {
+                stamp(&mut buffer, sector, submitted);
+                BlockOp::Write { sector }
+            } else {
+                BlockOp::Read { sector }
+            };
+            match queue.submit(op, Some(buffer), submitted) {
+                Ok(()) => submitted += 1,
+                Err(refused) => {
+                    assert_eq!(refused.reason, Reason::Full, "{name}");
+                    buffers.push(refused.buffer.unwrap());
+                    break;
+                }
+            }
+        }
+        queue.publish();
+        disk.allow((random() % (1 + u64::from(queue_size))) as usize);
+        steps.poll(u32::MAX);
+        if random() % 4 == 0 {
+            queue.arm();
+        }
+        while let Some(done) = queue
+            .complete()
+            .unwrap_or_else(|fault| panic!("{name}: {fault}"))
+        {
+            done.result
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            let buffer = done.buffer.unwrap();
+            match done.op {
+                BlockOp::Write { sector } => content[sector as usize] = done.tag,
+                BlockOp::Read { sector } => {
+                    let mut expected = vec![0; 16];
+                    stamp(&mut expected, sector, content[sector as usize]);
+                    assert_eq!(buffer[..16], expected, "{name}, request {}", done.tag);
+                }
+                op => panic!("{op:?} was never submitted"),
+            }
+            buffers.push(buffer);
+            completed += 1;
+        }
+    }
+    assert_eq!((submitted, completed), (REQUESTS, REQUESTS), "{name}");
+    assert!(queue.complete().unwrap().is_none(), "{name}");
+    assert_eq!(join.counters.requests.get(), REQUESTS, "{name}");
+    assert_eq!(join.counters.errors.get(), 0, "{name}");
+    block
+        .close(queue, &mut |_| panic!("nothing is outstanding"))
+        .unwrap();
+    drop(buffers);
+    assert_eq!((join.arena.in_use(), join.arena.leaked()), (0, 0), "{name}");
+}
