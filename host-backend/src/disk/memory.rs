@@ -92,7 +92,9 @@ impl DiskLane for MemoryLane {
     fn submit(&mut self, request: DiskRequest<'_>, _tag: u16) -> Submit {
         Submit::Done(self.run(&request))
     }
-    fn commit(&mut self) {}
+    fn commit(&mut self) -> bool {
+        true
+    }
     fn reap(&mut self, _each: &mut dyn FnMut(u16, Result<(), DiskError>)) -> usize {
         0
     }

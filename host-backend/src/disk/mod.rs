@@ -5,8 +5,10 @@
 //! A [`Disk`] is shared; each user opens a [`DiskLane`] of its own, submits
 //! requests, commits a batch at once, and reaps what is done.
 
+mod file;
 mod memory;
 
+pub use file::{FileDisk, FileOptions, OpenError};
 pub use memory::MemoryDisk;
 
 use crate::memory::IoBufs;
@@ -122,8 +124,9 @@ pub trait DiskLane: Send + fmt::Debug {
     /// use.
     fn submit(&mut self, request: DiskRequest<'_>, tag: u16) -> Submit;
 
-    /// Hands everything queued to the host, at once.
-    fn commit(&mut self);
+    /// Hands everything queued to the host, at once. `false` if the host does
+    /// not take all of it now: commit again soon.
+    fn commit(&mut self) -> bool;
 
     /// Calls `each` for every request that is done; returns how many.
     fn reap(&mut self, each: &mut dyn FnMut(u16, Result<(), DiskError>)) -> usize;

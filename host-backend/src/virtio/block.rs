@@ -463,7 +463,7 @@ impl Worker for BlockWorker {
             // What was served before a fault is still answered.
             self.publish();
         }
-        self.lane.commit();
+        worked |= !self.lane.commit();
         if let Some(fault) = fault {
             self.broken = true;
             self.stalled = None;

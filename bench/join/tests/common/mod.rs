@@ -167,7 +167,9 @@ impl DiskLane for RecordingLane {
         self.held.push((request.op, request.sector, data, tag));
         Submit::Queued
     }
-    fn commit(&mut self) {}
+    fn commit(&mut self) -> bool {
+        true
+    }
     fn reap(&mut self, each: &mut dyn FnMut(u16, Result<(), DiskError>)) -> usize {
         let mut allowed = self.disk.allowed.lock().unwrap();
         let count = allowed.unwrap_or(usize::MAX).min(self.held.len());
