@@ -1,2 +1,265 @@
-//! The `pvkit` program.
-fn main() {}
+//! The `pvkit` program: runs a virtual machine.
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use pvkit_host::disk::{Disk, FileDisk, FileOptions};
+use pvkit_host::executor::ThreadOptions;
+use pvkit_host::virtio::block::{Block, BlockOptions};
+use pvkit_host::vmm::{Stop, Vm, VmOptions};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+#[derive(Debug, Parser)]
+#[command(version, about = "Paravirtual devices for virtual machines")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a virtual machine until it stops.
+    ///
+    /// The exit code is what the guest writes to port 0xf4, 0 if it switches
+    /// itself off, and 1 if anything goes wrong.
+    Run(Run),
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// Uncompressed ELF image with a PVH entry.
+    #[arg(long, value_name = "IMAGE")]
+    kernel: PathBuf,
+    /// Command line of the image. Where the devices are is added to it.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    cmdline: String,
+    /// File to hand over as the first module (initial RAM disk).
+    #[arg(long, value_name = "FILE")]
+    module: Option<PathBuf>,
+    /// Disk: a raw file or block device, with options behind commas (a comma
+    /// in the path is written twice). `ro`: read-only. `direct`: bypass the
+    /// page cache. `id=TEXT`: serial number, up to 20 bytes.
+    #[arg(long, value_name = "PATH[,ro][,direct][,id=TEXT]")]
+    disk: Vec<DiskArg>,
+    /// Memory, in bytes or with KiB, MiB, GiB.
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    memory: Size,
+    /// Virtual CPUs.
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    cpus: u8,
+    /// How long a device polls for more work before it sleeps, in
+    /// microseconds.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 50)]
+    spin_us: u64,
+    /// Stop the machine after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+}
+
+/// A number of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Size(u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is no size: write bytes, or a number with KiB, MiB or GiB");
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kib" => 10,
+            "m" | "mib" => 20,
+            "g" | "gib" => 30,
+            "t" | "tib" => 40,
+            _ => return Err(bad()),
+        };
+        let number: u64 = number.parse().map_err(|_| bad())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(bad)
+    }
+}
+
+/// A disk and its options.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct DiskArg {
+    path: PathBuf,
+    file: FileOptions,
+    id: Option<String>,
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = split_at_commas(text).into_iter();
+        let path = parts
+            .next()
+            .filter(|path| !path.is_empty())
+            .ok_or("the path is missing")?;
+        let mut disk = Self {
+            path: PathBuf::from(path),
+            file: FileOptions::default(),
+            id: None,
+        };
+        for option in parts {
+            match option.split_once('=') {
+                None if option == "ro" => disk.file.read_only = true,
+                None if option == "direct" => disk.file.direct = true,
+                Some(("id", id)) if id.len() <= 20 => disk.id = Some(id.to_owned()),
+                Some(("id", id)) => {
+                    return Err(format!(
+                        "the id {id:?} has {} bytes: 20 are possible",
+                        id.len()
+                    ));
+                }
+                _ => {
+                    return Err(format!(
+                        "{option:?} is no option: ro, direct and id=TEXT are \
+                         (a comma in the path is written twice)"
+                    ));
+                }
+            }
+        }
+        Ok(disk)
+    }
+}
+
+/// Splits at single commas; a double one stands for a comma.
+fn split_at_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(c);
+        }
+    }
+    parts
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let Command::Run(run) = Cli::parse().command;
+    match start(&run) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("pvkit: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(run: &Run) -> Result<ExitCode> {
+    // Files first: they are what is most often wrong.
+    let mut disks = Vec::new();
+    for arg in &run.disk {
+        disks.push((FileDisk::open(&arg.path, arg.file)?, arg));
+    }
+    let module = match &run.module {
+        Some(path) => {
+            Some(std::fs::read(path).with_context(|| format!("module {}", path.display()))?)
+        }
+        None => None,
+    };
+    let mut vm = Vm::new(VmOptions {
+        memory_bytes: run.memory.0,
+        vcpus: run.cpus,
+    })?;
+    vm.add_serial(Box::new(std::io::stdout()))?;
+    let threads = ThreadOptions {
+        spin: Duration::from_micros(run.spin_us),
+        ..ThreadOptions::default()
+    };
+    for (index, (disk, arg)) in disks.into_iter().enumerate() {
+        let id = arg.id.clone().unwrap_or_else(|| format!("pvkit-{index}"));
+        let shape = disk.shape();
+        log::info!("disk {}: {} sectors", arg.path.display(), shape.sectors);
+        let device = Block::new(
+            Arc::new(disk),
+            BlockOptions {
+                id,
+                ..BlockOptions::default()
+            },
+        )?;
+        vm.add_virtio_mmio(Box::new(device), threads)?;
+    }
+    vm.load(&run.kernel, &run.cmdline, module.as_deref())?;
+    if let Some(seconds) = run.timeout {
+        let stopper = vm.stopper();
+        std::thread::Builder::new()
+            .name("pvkit-timeout".to_owned())
+            .spawn(move || {
+                std::thread::sleep(Duration::from_secs(seconds));
+                stopper.stop();
+            })?;
+    }
+    match vm.run()? {
+        Stop::DebugExit(code) => Ok(ExitCode::from(code)),
+        Stop::PowerOff | Stop::Reset => Ok(ExitCode::SUCCESS),
+        Stop::Requested => match run.timeout {
+            Some(seconds) => bail!("the guest still ran after {seconds} s (--timeout)"),
+            None => bail!("the machine was stopped"),
+        },
+        stop => bail!("{stop}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("4096", 4096),
+            ("16KiB", 16 << 10),
+            ("256MiB", 256 << 20),
+            ("256m", 256 << 20),
+            ("1 GiB", 1 << 30),
+            ("2T", 2 << 40),
+        ] {
+            assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
+        }
+        for text in [
+            "",
+            "MiB",
+            "-1",
+            "1.5G",
+            "12XB",
+            "99999999999G",
+            "18446744073709551616",
+        ] {
+            let error = text.parse::<Size>().unwrap_err();
+            assert!(error.contains(&format!("{text:?}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn disks() {
+        let parse = |text: &str| text.parse::<DiskArg>();
+        let disk = parse("/a,,b,ro,direct,id=x").unwrap();
+        assert_eq!(disk.path, PathBuf::from("/a,b"));
+        assert!(disk.file.read_only && disk.file.direct);
+        assert_eq!(disk.id.as_deref(), Some("x"));
+        assert_eq!(parse("plain.img").unwrap().file, FileOptions::default());
+        for (text, word) in [
+            ("", "path"),
+            (",ro", "path"),
+            ("a,rw", "\"rw\""),
+            ("a,id", "\"id\""),
+            ("a,ro=1", "\"ro=1\""),
+            ("a,id=123456789012345678901", "21 bytes"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+}

@@ -1,2 +1,5 @@
 //! Devices that exist as chips.
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "vmm")]
+pub mod serial;

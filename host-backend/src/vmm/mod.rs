@@ -1,1 +1,472 @@
-//! KVM.
+//! A small virtual machine monitor on KVM: it boots an ELF image by PVH, and
+//! gives it virtio-mmio devices, an IDE controller and a serial port.
+//!
+//! Put a machine together with [`Vm::new`] and the `add_…` calls, load an
+//! image ([`Vm::load`]), and [`run`](Vm::run) it. Each vCPU and each lane of a
+//! device has a thread. Whatever goes wrong ends the machine and says why; the
+//! guest cannot hang it: a [`Stopper`] ends it from any thread.
+
+mod bus;
+mod exits;
+#[allow(unsafe_code)]
+mod irq;
+mod power;
+mod ram;
+mod threads;
+#[allow(unsafe_code)]
+mod vcpu;
+mod x86_64;
+
+pub use exits::{ExitCounters, ExitCounts};
+pub use power::{Stop, Stopper};
+pub use threads::{ThreadTime, thread_time};
+pub use x86_64::LoadError;
+
+use crate::bus::BusDevice;
+use crate::emulated::serial::{self, SerialPort};
+use crate::event::EventFd;
+use crate::executor::{LaneThread, ThreadOptions, Threads};
+use crate::memory::GuestMemory;
+use crate::virtio::device::Device;
+use crate::virtio::transport::MmioTransport;
+use crate::worker::Signal;
+use bus::Bus;
+use irq::Lines;
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use power::Power;
+use pvkit_protocol::virtio::mmio;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use thiserror::Error;
+use vcpu::{Vcpu, VcpuThread};
+use vm_memory::GuestMemoryMmap;
+use x86_64::layout;
+
+/// Why a virtual machine cannot be made or run.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// KVM is not there, or not for this user.
+    #[error("/dev/kvm: {source}{hint}")]
+    Kvm {
+        /// What the kernel says.
+        source: io::Error,
+        /// What could help.
+        hint: &'static str,
+    },
+    /// KVM lacks something that cannot be done without.
+    #[error("this KVM lacks {0}")]
+    Capability(&'static str),
+    /// A call to KVM failed.
+    #[error("KVM: {what}: {source}")]
+    Call {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// The machine would have less memory than it needs, or more than fits.
+    #[error(
+        "{bytes} bytes of memory: give the machine between {least} and {most} bytes, \
+         in whole pages of 4096 bytes (--memory 256MiB)"
+    )]
+    MemorySize {
+        /// What was asked for.
+        bytes: u64,
+        /// The least that works.
+        least: u64,
+        /// The most that works.
+        most: u64,
+    },
+    /// The host has no memory for the guest.
+    #[error("no memory for a guest of {bytes} bytes: {reason}")]
+    Memory {
+        /// What was asked for.
+        bytes: u64,
+        /// What the host says.
+        reason: String,
+    },
+    /// There are too many devices, or too many vCPUs.
+    #[error("too many {what}: {most} are possible")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// The limit.
+        most: usize,
+    },
+    /// The image cannot be started.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The host refuses a file descriptor, a thread or the like.
+    #[error("the host refuses {what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// [`Vm::run`] without [`Vm::load`].
+    #[error("no image was loaded")]
+    NotLoaded,
+}
+
+fn call(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |error| VmError::Call {
+        what,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Host { what, source }
+}
+
+/// What a machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmOptions {
+    /// Guest memory in bytes, a multiple of 4096.
+    pub memory_bytes: u64,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+}
+
+impl Default for VmOptions {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 256 << 20,
+            vcpus: 1,
+        }
+    }
+}
+
+/// Where a virtio-mmio device was placed, for the guest's command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MmioPlace {
+    /// First address of the window.
+    pub base: u64,
+    /// Bytes of the window.
+    pub bytes: u64,
+    /// Global interrupt: the pin of the I/O APIC.
+    pub gsi: u32,
+}
+
+impl std::fmt::Display for MmioPlace {
+    /// As Linux wants it: `virtio_mmio.device=512@0xd0000000:5`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "virtio_mmio.device={}@{:#x}:{}",
+            self.bytes, self.base, self.gsi
+        )
+    }
+}
+
+/// Threads of a machine, by what they do.
+#[derive(Debug, Clone, Default)]
+pub struct VmThreads {
+    vcpus: Arc<Mutex<Vec<i32>>>,
+    lanes: Vec<Arc<Mutex<Vec<LaneThread>>>>,
+}
+
+impl VmThreads {
+    /// Kernel thread ids of the vCPUs that run now.
+    #[must_use]
+    pub fn vcpus(&self) -> Vec<i32> {
+        lock(&self.vcpus).clone()
+    }
+
+    /// The lanes that run now.
+    #[must_use]
+    pub fn lanes(&self) -> Vec<LaneThread> {
+        self.lanes
+            .iter()
+            .flat_map(|list| lock(list).clone())
+            .collect()
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A virtual machine that is being put together.
+#[derive(Debug)]
+pub struct Vm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    options: VmOptions,
+    map: Arc<GuestMemoryMmap<()>>,
+    memory: GuestMemory,
+    lines: Lines,
+    ports: Bus,
+    mmio: Bus,
+    mmio_places: Vec<MmioPlace>,
+    exits: Arc<ExitCounters>,
+    power: Arc<Power>,
+    entry: Option<u64>,
+    threads: VmThreads,
+    /// Doorbells that KVM takes: kept open as long as KVM may use them.
+    doorbells: Vec<Arc<EventFd>>,
+}
+
+impl Vm {
+    /// A machine with memory and interrupt controllers, and nothing else.
+    ///
+    /// # Errors
+    /// [`VmError`] says what the host lacks and what would help.
+    pub fn new(options: VmOptions) -> Result<Self, VmError> {
+        let kvm = open_kvm()?;
+        for (cap, name) in [
+            (Cap::Irqchip, "an in-kernel interrupt controller"),
+            (Cap::Ioeventfd, "ioeventfd"),
+            (Cap::Irqfd, "irqfd"),
+            (Cap::ImmediateExit, "immediate exit"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(VmError::Capability(name));
+            }
+        }
+        let most = kvm.get_max_vcpus().min(usize::from(layout::MAX_VCPUS));
+        if options.vcpus == 0 || usize::from(options.vcpus) > most {
+            return Err(VmError::TooMany {
+                what: "vCPUs (or none)",
+                most,
+            });
+        }
+        let fd = Arc::new(kvm.create_vm().map_err(call("create a machine"))?);
+        let map = ram::allocate(options.memory_bytes)?;
+        vcpu::set_up_machine(&fd, &map)?;
+        let map = Arc::new(map);
+        let memory = GuestMemory::new(map.clone()).map_err(|error| VmError::Memory {
+            bytes: options.memory_bytes,
+            reason: error.to_string(),
+        })?;
+        let power = Arc::new(Power::default());
+        let mut vm = Self {
+            kvm,
+            lines: Lines::new(fd.clone()),
+            fd,
+            options,
+            map,
+            memory,
+            ports: Bus::new("port"),
+            mmio: Bus::new("address"),
+            mmio_places: Vec::new(),
+            exits: Arc::default(),
+            power: power.clone(),
+            entry: None,
+            threads: VmThreads::default(),
+            doorbells: Vec::new(),
+        };
+        for (base, count, device) in power::devices(&power) {
+            vm.add_ports(base, count, device);
+        }
+        Ok(vm)
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// How often the guest has left for user space, by reason.
+    #[must_use]
+    pub fn exits(&self) -> Arc<ExitCounters> {
+        self.exits.clone()
+    }
+
+    /// Ends the machine from another thread.
+    #[must_use]
+    pub fn stopper(&self) -> Stopper {
+        Stopper::new(self.power.clone())
+    }
+
+    /// The machine's threads, for their CPU time.
+    #[must_use]
+    pub fn threads(&self) -> VmThreads {
+        self.threads.clone()
+    }
+
+    /// A clone of this handle on guest memory as `vm-memory` knows it.
+    #[must_use]
+    pub fn memory_map(&self) -> Arc<GuestMemoryMmap<()>> {
+        self.map.clone()
+    }
+
+    /// Puts a device at `count` ports from `base` on. If ranges overlap, the
+    /// device that was added first is meant.
+    pub fn add_ports(&mut self, base: u16, count: u16, device: Arc<Mutex<dyn BusDevice>>) {
+        self.ports.add(u64::from(base), u64::from(count), device);
+    }
+
+    /// An interrupt line to the pin `gsi` of the I/O APIC (and to the same
+    /// line of the old controllers, below 16), triggered by edges.
+    ///
+    /// # Errors
+    /// [`VmError`] if KVM or the host refuses.
+    pub fn add_edge_line(&mut self, gsi: u32) -> Result<Arc<dyn Signal>, VmError> {
+        self.lines.edge(gsi)
+    }
+
+    /// Adds COM1, whose output goes to `out`.
+    ///
+    /// # Errors
+    /// [`VmError`] if KVM or the host refuses.
+    pub fn add_serial(&mut self, out: Box<dyn Write + Send>) -> Result<(), VmError> {
+        let line = self.lines.edge(serial::COM1_IRQ)?;
+        let port = SerialPort::new(out, line);
+        self.add_ports(serial::COM1, serial::PORTS, Arc::new(Mutex::new(port)));
+        Ok(())
+    }
+
+    /// Adds a virtio device behind a window of registers. Its doorbells do not
+    /// leave the kernel; its lanes run on threads.
+    ///
+    /// # Errors
+    /// [`VmError`] if there are too many devices, or KVM or the host refuses.
+    pub fn add_virtio_mmio(
+        &mut self,
+        device: Box<dyn Device>,
+        threads: ThreadOptions,
+    ) -> Result<MmioPlace, VmError> {
+        let index = self.mmio_places.len();
+        let Some(&gsi) = layout::MMIO_GSIS.get(index) else {
+            let most = layout::MMIO_GSIS.len();
+            return Err(VmError::TooMany {
+                what: "virtio-mmio devices",
+                most,
+            });
+        };
+        let bytes = MmioTransport::WINDOW_BYTES;
+        let place = MmioPlace {
+            base: layout::MMIO_BASE + bytes * index as u64,
+            bytes,
+            gsi,
+        };
+        let executor = Threads::new(&format!("pvkit-{index}"), threads);
+        self.threads.lanes.push(executor.running());
+        let line = self.lines.edge(gsi)?;
+        let transport = MmioTransport::new(device, self.memory.clone(), Box::new(executor), line)
+            .map_err(host("an event counter"))?;
+        for (queue, kick) in transport.kicks().iter().enumerate() {
+            let address = IoEventAddress::Mmio(place.base + mmio::QUEUE_NOTIFY as u64);
+            let event = irq::kvm_event(kick).map_err(host("an event counter"))?;
+            self.fd
+                .register_ioevent(&event, &address, queue as u32)
+                .map_err(call("register a doorbell"))?;
+            self.doorbells.push(kick.clone());
+        }
+        self.mmio
+            .add(place.base, bytes, Arc::new(Mutex::new(transport)));
+        self.mmio_places.push(place);
+        Ok(place)
+    }
+
+    /// Where the virtio-mmio devices are, in the order in which they were
+    /// added.
+    #[must_use]
+    pub fn mmio_places(&self) -> &[MmioPlace] {
+        &self.mmio_places
+    }
+
+    /// Loads an ELF image with a PVH entry, its command line, and a module (an
+    /// initial RAM disk). Where the virtio-mmio devices are is added to the
+    /// command line.
+    ///
+    /// # Errors
+    /// [`LoadError`] if the image is not one that can be started, or does not
+    /// fit.
+    pub fn load(
+        &mut self,
+        kernel: &Path,
+        command_line: &str,
+        module: Option<&[u8]>,
+    ) -> Result<(), VmError> {
+        let mut line = command_line.to_owned();
+        for place in &self.mmio_places {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(&place.to_string());
+        }
+        self.entry = Some(x86_64::load(
+            &self.map,
+            &self.memory,
+            kernel,
+            &line,
+            module,
+        )?);
+        Ok(())
+    }
+
+    /// Runs the machine until it stops, and waits for everything in flight.
+    ///
+    /// # Errors
+    /// [`VmError`] if it cannot be started. What happens once it runs is a
+    /// [`Stop`].
+    pub fn run(self) -> Result<Stop, VmError> {
+        let entry = self.entry.ok_or(VmError::NotLoaded)?;
+        let Self {
+            kvm,
+            fd,
+            options,
+            ports,
+            mmio,
+            exits,
+            power,
+            threads,
+            ..
+        } = self;
+        let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
+        vcpu::prepare_kick().map_err(host("a signal handler"))?;
+        let cpuid = kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("ask for CPUID"))?;
+        let mut vcpus = Vec::new();
+        for id in 0..options.vcpus {
+            vcpus.push(Vcpu::new(
+                &fd,
+                id,
+                entry,
+                &cpuid,
+                ports.clone(),
+                mmio.clone(),
+                exits.clone(),
+                power.clone(),
+            )?);
+        }
+        let mut running: Vec<VcpuThread> = Vec::new();
+        for vcpu in vcpus {
+            match vcpu.spawn(threads.vcpus.clone()) {
+                Ok(thread) => running.push(thread),
+                Err(error) => {
+                    power.stop(Stop::Requested);
+                    running.into_iter().for_each(VcpuThread::end);
+                    return Err(host("a vCPU thread")(error));
+                }
+            }
+        }
+        let stop = power.wait();
+        running.into_iter().for_each(VcpuThread::end);
+        Ok(stop)
+    }
+}
+
+fn open_kvm() -> Result<Kvm, VmError> {
+    Kvm::new().map_err(|error| {
+        let source = io::Error::from_raw_os_error(error.errno());
+        let hint = match source.kind() {
+            io::ErrorKind::NotFound => {
+                "; load the kvm modules (`modprobe kvm-intel` or `kvm-amd`), and turn \
+                 virtualization on in the firmware, or nested virtualization in the outer machine"
+            }
+            io::ErrorKind::PermissionDenied => {
+                "; add yourself to its group (`sudo usermod -aG kvm $USER`) and log in again"
+            }
+            _ => "",
+        };
+        VmError::Kvm { source, hint }
+    })
+}
