@@ -1,0 +1,265 @@
+//! Running the jobs of the script, each on the device that it names.
+
+use crate::boot::Start;
+use crate::counting::{self, CountingPorts, CountingRegisters};
+use crate::cpu::{Console, ticks};
+use crate::interrupts::{Interrupts, Line, halts};
+use crate::memory::PageBuf;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt::Write;
+use core::ptr::NonNull;
+use pvkit_guest::dma::{DmaBufMut, LinearSpace};
+use pvkit_guest::register::PortIo;
+use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
+use pvkit_guest::virtio::transport::MmioTransport;
+use pvkit_protocol::virtio::Features;
+use pvkit_workload::report::{
+    Header, JobReport, MAGIC, OUTCOME_FAILED, OUTCOME_OK, Sample, samples_offset,
+};
+use pvkit_workload::run::{Counts, Machine, Outcome, Target, run};
+use pvkit_workload::script::{Device, Job, MARK_PORT, Mark};
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+/// Runs all jobs; what happens is in the report.
+pub(crate) fn run_all(
+    start: &Start,
+    jobs: &[Job],
+    report: &mut [u8],
+    ports: CountingPorts,
+    interrupts: Interrupts,
+) {
+    let samples_at = samples_offset(jobs.len());
+    let Some((reports, samples)) = report.split_at_mut_checked(samples_at) else {
+        let _ = writeln!(Console, "the report has no room for {} jobs", jobs.len());
+        return;
+    };
+    let Ok((samples, _)) = <[Sample]>::mut_from_prefix(samples) else {
+        return;
+    };
+    let mut first_sample = 0;
+    let mut header = Header {
+        magic: MAGIC,
+        done: U32::ZERO,
+        reserved: U32::ZERO,
+    };
+    for (number, job) in jobs.iter().enumerate() {
+        let room = samples.get_mut(first_sample..).unwrap_or(&mut []);
+        let mut report = JobReport::new_zeroed();
+        report.first_sample.set(first_sample as u64);
+        let guest = Guest {
+            start,
+            ports: &ports,
+            interrupts: &interrupts,
+        };
+        match guest.run_job(job, number as u32, room) {
+            Ok((outcome, features)) => {
+                fill(&mut report, &outcome, features);
+                first_sample += outcome.samples;
+            }
+            Err(message) => {
+                report.outcome.set(OUTCOME_FAILED);
+                report.set_message(&message);
+            }
+        }
+        let at = size_of::<Header>() + number * size_of::<JobReport>();
+        if let Some(place) = reports.get_mut(at..at + size_of::<JobReport>()) {
+            place.copy_from_slice(report.as_bytes());
+        }
+        header.done.set(number as u32 + 1);
+        if let Some(place) = reports.get_mut(..size_of::<Header>()) {
+            place.copy_from_slice(header.as_bytes());
+        }
+        // For monitors that do not take marks.
+        let _ = writeln!(Console, "job {number} done");
+        ports.write_u32(MARK_PORT, Mark::Done(number as u32).encode());
+    }
+}
+
+fn fill(report: &mut JobReport, outcome: &Outcome, features: Features) {
+    let Outcome {
+        start,
+        end,
+        requests,
+        counts,
+        samples,
+        verified_bytes,
+    } = *outcome;
+    report.outcome.set(OUTCOME_OK);
+    report.start.set(start);
+    report.end.set(end);
+    report.requests.set(requests);
+    report.kicks.set(counts.kicks);
+    report.interrupts.set(counts.interrupts);
+    report.halts.set(counts.halts);
+    report.mmio_reads.set(counts.mmio_reads);
+    report.mmio_writes.set(counts.mmio_writes);
+    report.port_reads.set(counts.port_reads);
+    report.port_writes.set(counts.port_writes);
+    report.verified_bytes.set(verified_bytes);
+    report.features.set(features.bits());
+    report.samples.set(samples as u64);
+}
+
+struct Guest<'a> {
+    start: &'a Start,
+    ports: &'a CountingPorts,
+    interrupts: &'a Interrupts,
+}
+
+/// The counters and the interrupt line that belong to a job.
+struct JobMachine<'a> {
+    ports: &'a CountingPorts,
+    line: Line,
+}
+
+impl Machine for JobMachine<'_> {
+    fn now(&self) -> u64 {
+        ticks()
+    }
+    fn wait(&mut self) {
+        self.line.wait();
+    }
+    fn mark(&mut self, mark: Mark) {
+        self.ports.write_u32(MARK_PORT, mark.encode());
+    }
+    fn counts(&self) -> Counts {
+        Counts {
+            interrupts: self.line.count(),
+            halts: halts(),
+            ..counting::counts()
+        }
+    }
+}
+
+impl Guest<'_> {
+    fn run_job(
+        &self,
+        job: &Job,
+        number: u32,
+        samples: &mut [Sample],
+    ) -> Result<(Outcome, Features), String> {
+        let device = Device::from_code(job.device)
+            .ok_or_else(|| format!("device {} is not known", job.device))?;
+        let mut buffers = Vec::new();
+        for _ in 0..job.depth.get() {
+            buffers.push(PageBuf::new(job.block_bytes.get() as usize).ok_or("no memory")?);
+        }
+        match device {
+            Device::VirtioMmio => self.run_virtio(job, number, buffers, samples),
+            Device::IdeDma | Device::IdePio => Err("no IDE driver yet".to_string()),
+        }
+    }
+
+    fn machine(&self, pin: u32) -> Result<JobMachine<'_>, String> {
+        let line = self
+            .interrupts
+            .line(pin)
+            .ok_or_else(|| format!("no interrupt pin {pin}"))?;
+        Ok(JobMachine {
+            ports: self.ports,
+            line,
+        })
+    }
+
+    fn run_virtio(
+        &self,
+        job: &Job,
+        number: u32,
+        mut buffers: Vec<PageBuf>,
+        samples: &mut [Sample],
+    ) -> Result<(Outcome, Features), String> {
+        let place = mmio_places(self.start.command_line)
+            .nth(job.index.get() as usize)
+            .ok_or_else(|| format!("no virtio-mmio device {}", job.index))?;
+        let base = core::ptr::with_exposed_provenance_mut(place.base);
+        let base = NonNull::new(base).ok_or("a device at address 0")?;
+        // SAFETY: the monitor says that the window is there; it is mapped
+        // uncached, and one driver uses it at a time.
+        let registers = unsafe { CountingRegisters::new(base, place.bytes) };
+        let transport = MmioTransport::new(registers).map_err(|error| error.to_string())?;
+        // SAFETY: memory is identity mapped, for devices too, and coherent.
+        let space = unsafe { LinearSpace::new(0) };
+        let options = BlockOptions {
+            queue_size: job.queue_size.get(),
+            allow: Features::from_bits_retain(job.allow_features.get()),
+            ..BlockOptions::default()
+        };
+        let (block, queue) =
+            Block::open(transport, space, options).map_err(|error| error.to_string())?;
+        let features = block.features();
+        let mut target = Virtio { block, queue };
+        let mut machine = self.machine(place.gsi)?;
+        let outcome = run(
+            job,
+            number,
+            &mut target,
+            &mut machine,
+            &mut buffers,
+            samples,
+        );
+        let Virtio { block, queue } = target;
+        block
+            .close(queue, &mut |_| {})
+            .map_err(|error| error.to_string())?;
+        Ok((outcome.map_err(|error| error.to_string())?, features))
+    }
+}
+
+type Transport = MmioTransport<CountingRegisters>;
+
+struct Virtio<B: DmaBufMut> {
+    block: Block<Transport>,
+    queue: QueueOf<B, LinearSpace, Transport>,
+}
+
+impl<B: DmaBufMut> Target<B> for Virtio<B> {
+    type Queue = QueueOf<B, LinearSpace, Transport>;
+    fn queue(&mut self) -> &mut Self::Queue {
+        &mut self.queue
+    }
+    fn acknowledge(&mut self) {
+        self.block.claim_events();
+    }
+    fn kicks(&self) -> u64 {
+        self.queue.counters().kicks
+    }
+}
+
+/// Where a virtio-mmio device is.
+struct MmioPlace {
+    base: usize,
+    bytes: usize,
+    gsi: u32,
+}
+
+/// The devices on the command line, each as `virtio_mmio.device=512@ADDR:IRQ`.
+/// QEMU lists empty slots too, from the last one on; they are left out.
+fn mmio_places(command_line: &str) -> impl Iterator<Item = MmioPlace> {
+    command_line.split_whitespace().filter_map(|word| {
+        let device = word.strip_prefix("virtio_mmio.device=")?;
+        let (bytes, rest) = device.split_once('@')?;
+        let (base, gsi) = rest.split_once(':')?;
+        Some(MmioPlace {
+            base: parse_number(base)? as usize,
+            bytes: parse_number(bytes)? as usize,
+            gsi: parse_number(gsi)? as u32,
+        })
+    })
+}
+
+/// A number as Linux reads it on its command line: with `0x`, and with K or M.
+fn parse_number(text: &str) -> Option<u64> {
+    let (text, shift) = match text.as_bytes().last()? {
+        b'K' | b'k' => (&text[..text.len() - 1], 10),
+        b'M' | b'm' => (&text[..text.len() - 1], 20),
+        _ => (text, 0),
+    };
+    let number = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok()?,
+        None => text.parse().ok()?,
+    };
+    Some(number << shift)
+}
