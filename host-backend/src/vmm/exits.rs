@@ -33,6 +33,12 @@ macro_rules! exits {
                 vec![$((stringify!($name), self.$name),)*]
             }
 
+            /// The sum of two readings.
+            #[must_use]
+            pub fn plus(&self, other: &Self) -> Self {
+                Self { $($name: self.$name.wrapping_add(other.$name),)* }
+            }
+
             /// What was added since `earlier`.
             #[must_use]
             pub fn since(&self, earlier: &Self) -> Self {

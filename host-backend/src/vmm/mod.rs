@@ -12,6 +12,7 @@ mod exits;
 mod irq;
 mod power;
 mod ram;
+#[allow(unsafe_code)]
 mod threads;
 #[allow(unsafe_code)]
 mod vcpu;
@@ -19,7 +20,7 @@ mod x86_64;
 
 pub use exits::{ExitCounters, ExitCounts};
 pub use power::{Stop, Stopper};
-pub use threads::{ThreadTime, thread_time};
+pub use threads::{ThreadTime, kernel_worker_time, thread_time};
 pub use x86_64::LoadError;
 
 use crate::bus::BusDevice;
@@ -452,6 +453,17 @@ impl Vm {
         running.into_iter().for_each(VcpuThread::end);
         Ok(stop)
     }
+}
+
+/// Ticks of the guests' time stamp counter in a millisecond, on this host.
+///
+/// # Errors
+/// [`VmError`] if KVM is not there, or does not know.
+pub fn tsc_khz() -> Result<u32, VmError> {
+    let machine = open_kvm()?.create_vm().map_err(call("create a machine"))?;
+    let vcpu = machine.create_vcpu(0).map_err(call("create a vCPU"))?;
+    vcpu.get_tsc_khz()
+        .map_err(call("ask for the frequency of the time stamp counter"))
 }
 
 fn open_kvm() -> Result<Kvm, VmError> {

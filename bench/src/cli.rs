@@ -1,0 +1,41 @@
+//! The command line.
+
+use clap::Parser;
+use std::path::PathBuf;
+
+/// Compare paravirtual devices with the emulated ones that they replace.
+#[derive(Debug, Clone, Parser)]
+#[command(version, about)]
+pub struct Cli {
+    /// List the rows and measure nothing.
+    #[arg(long)]
+    pub list: bool,
+    /// Measure only rows whose name contains this; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub filter: Vec<String>,
+    /// The short set of rows, in about a minute (this is the default).
+    #[arg(long, conflicts_with = "full")]
+    pub quick: bool,
+    /// Every row, in about ten minutes.
+    #[arg(long)]
+    pub full: bool,
+    /// Write all figures to this file as JSON (schema pvkit-bench/1).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// How often each row is measured; the rounds of all rows are interleaved.
+    #[arg(long, value_name = "COUNT", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// Length of one measurement.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 250, value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub duration_ms: u64,
+    /// Where to put the file behind the disks (128 MiB, removed afterwards).
+    #[arg(long, value_name = "DIRECTORY")]
+    pub dir: Option<PathBuf>,
+    /// Leave the rows of QEMU out, although it is installed.
+    #[arg(long)]
+    pub no_qemu: bool,
+    /// Run without a virtual machine, as where /dev/kvm is missing: driver
+    /// and device in one process, counts only.
+    #[arg(long)]
+    pub join: bool,
+}

@@ -1,0 +1,305 @@
+//! Adding up what several passes brought, and the figures that follow.
+
+use crate::pass::{HostCounts, Measurement};
+use crate::row::{DeviceKind, Row, access_name, completion_name};
+use anyhow::Result;
+use hdrhistogram::Histogram;
+use pvkit_protocol::virtio::Features;
+use pvkit_protocol::virtio::block::BlockFeatures;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// A percentile counts only if at least so many samples lie beyond it.
+const SAMPLES_BEYOND: f64 = 10.0;
+
+/// Latencies are counted up to a minute; longer ones as a minute.
+const LONGEST_NS: u64 = 60_000_000_000;
+
+/// The sum of several measurements of a row.
+#[derive(Debug)]
+pub struct Sum {
+    row: Row,
+    tsc_khz: u32,
+    rounds: u32,
+    requests: u64,
+    ticks: u64,
+    /// Nanoseconds.
+    latency: Histogram<u64>,
+    kicks: u64,
+    interrupts: u64,
+    halts: u64,
+    guest_accesses: [(&'static str, u64); 4],
+    host: Option<HostCounts>,
+    features: Features,
+    verified_bytes: u64,
+    rate: Option<f64>,
+    /// Requests a second, by round.
+    by_round: Vec<f64>,
+}
+
+impl Sum {
+    /// Nothing measured yet.
+    ///
+    /// # Errors
+    /// If there is no memory for a histogram.
+    pub fn new(row: Row, tsc_khz: u32) -> Result<Self> {
+        Ok(Self {
+            row,
+            tsc_khz,
+            rounds: 0,
+            requests: 0,
+            ticks: 0,
+            latency: Histogram::new_with_max(LONGEST_NS, 3)?,
+            kicks: 0,
+            interrupts: 0,
+            halts: 0,
+            guest_accesses: [
+                ("io_in", 0),
+                ("io_out", 0),
+                ("mmio_read", 0),
+                ("mmio_write", 0),
+            ],
+            host: None,
+            features: Features::empty(),
+            verified_bytes: 0,
+            rate: None,
+            by_round: Vec::new(),
+        })
+    }
+
+    /// Adds a measurement.
+    pub fn add(&mut self, measurement: &Measurement, rate: Option<f64>) {
+        let report = &measurement.report;
+        let ticks = report.end.get().saturating_sub(report.start.get());
+        let requests = report.requests.get();
+        self.rounds += 1;
+        self.requests += requests;
+        self.ticks += ticks;
+        self.by_round
+            .push(requests as f64 / self.seconds_of(ticks).max(1e-9));
+        for latency in &measurement.latencies {
+            let nanoseconds = *latency as f64 * 1e6 / f64::from(self.tsc_khz.max(1));
+            self.latency.saturating_record(nanoseconds as u64);
+        }
+        self.kicks += report.kicks.get();
+        self.interrupts += report.interrupts.get();
+        self.halts += report.halts.get();
+        let accesses = [
+            report.port_reads,
+            report.port_writes,
+            report.mmio_reads,
+            report.mmio_writes,
+        ];
+        for ((_, sum), count) in self.guest_accesses.iter_mut().zip(accesses) {
+            *sum += count.get();
+        }
+        if let Some(host) = &measurement.host {
+            let sum = self.host.get_or_insert_default();
+            sum.exits = sum.exits.plus(&host.exits);
+            sum.vcpu = sum.vcpu + host.vcpu;
+            sum.worker = sum.worker + host.worker;
+            sum.kernel_workers += host.kernel_workers;
+        }
+        self.features = Features::from_bits_retain(report.features.get());
+        self.verified_bytes += report.verified_bytes.get();
+        self.rate = rate;
+    }
+
+    fn seconds_of(&self, ticks: u64) -> f64 {
+        ticks as f64 / (f64::from(self.tsc_khz.max(1)) * 1000.0)
+    }
+
+    /// Requests a second, if anything was measured.
+    #[must_use]
+    pub fn iops(&self) -> Option<f64> {
+        let seconds = self.seconds_of(self.ticks);
+        (self.requests > 0 && seconds > 0.0).then(|| self.requests as f64 / seconds)
+    }
+
+    fn microseconds(&self, quantile: f64) -> Option<f64> {
+        let beyond = self.latency.len() as f64 * (1.0 - quantile);
+        (beyond >= SAMPLES_BEYOND).then(|| self.latency.value_at_quantile(quantile) as f64 / 1000.0)
+    }
+
+    /// All exits by reason: returns to user space as the host counted them
+    /// (or, where it cannot, accesses as the guest counted them), and what the
+    /// kernel took by itself.
+    fn exits(&self) -> BTreeMap<&'static str, u64> {
+        let mut exits: BTreeMap<&'static str, u64> = match &self.host {
+            Some(host) => host.exits.by_reason().into_iter().collect(),
+            None => self.guest_accesses.into_iter().collect(),
+        };
+        exits.insert("doorbell", self.kicks);
+        exits.insert("halt", self.halts);
+        // Each interrupt ends with a write to the local APIC.
+        exits.insert("end_of_interrupt", self.interrupts);
+        exits.retain(|_, count| *count > 0);
+        exits
+    }
+
+    /// The figures of the row; `None` if nothing was measured.
+    #[must_use]
+    pub fn result(&self) -> Option<RowResult> {
+        let iops = self.iops()?;
+        let row = &self.row;
+        let per_request = |count: u64| count as f64 / self.requests as f64;
+        let exits = self.exits();
+        let cpu = self.host.map(|host| {
+            let us = |time: std::time::Duration| time.as_secs_f64() * 1e6 / self.requests as f64;
+            Cpu {
+                vcpu_us: us(host.vcpu.total),
+                worker_us: us(host.worker.total),
+                kernel_workers_us: us(host.kernel_workers),
+                in_kernel_us: us(host.vcpu.kernel + host.worker.kernel + host.kernel_workers),
+            }
+        });
+        Some(RowResult {
+            name: row.to_string(),
+            case: row.case(),
+            device: row.device.name(),
+            driver: "pvkit-guest",
+            vmm: row.vmm.name(),
+            transport: row.device.transport(),
+            ring: row.device.ring(),
+            features: feature_names(row.device, self.features),
+            access: access_name(row.access),
+            completion: completion_name(row.completion),
+            loop_: row.looping.name(),
+            rate: self.rate,
+            depth: row.depth,
+            block_bytes: row.block_bytes,
+            rounds: self.rounds,
+            samples: self.latency.len(),
+            spin_us: row.spin_us,
+            guest_spin_us: 0,
+            iops,
+            iops_by_round: self.by_round.clone(),
+            mib_per_s: iops * f64::from(row.block_bytes) / f64::from(1 << 20),
+            p50_us: self.microseconds(0.5),
+            p99_us: self.microseconds(0.99),
+            p999_us: self.microseconds(0.999),
+            max_us: self.latency.max() as f64 / 1000.0,
+            exits_per_request: per_request(exits.values().sum()),
+            exits,
+            exits_counted_by: if self.host.is_some() { "host" } else { "guest" },
+            kicks_per_request: per_request(self.kicks),
+            interrupts_per_request: per_request(self.interrupts),
+            halts_per_request: per_request(self.halts),
+            host_cpu_us_per_request: cpu
+                .map(|cpu| cpu.vcpu_us + cpu.worker_us + cpu.kernel_workers_us),
+            cpu_us_per_request: cpu,
+            verified: self.verified_bytes > 0,
+            verified_bytes: self.verified_bytes,
+        })
+    }
+}
+
+/// CPU time of a request, by who spent it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Cpu {
+    /// The vCPU's thread, the guest included.
+    pub vcpu_us: f64,
+    /// The device's thread.
+    pub worker_us: f64,
+    /// The kernel's threads for io_uring.
+    pub kernel_workers_us: f64,
+    /// The part of all three that was spent in the kernel, by sampling.
+    pub in_kernel_us: f64,
+}
+
+/// The figures of a row, as they stand in the JSON file.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(
+    missing_docs,
+    reason = "the fields are named and explained in the README"
+)]
+pub struct RowResult {
+    pub name: String,
+    pub case: String,
+    pub device: &'static str,
+    pub driver: &'static str,
+    pub vmm: &'static str,
+    pub transport: &'static str,
+    pub ring: Option<&'static str>,
+    pub features: Vec<String>,
+    pub access: &'static str,
+    pub completion: &'static str,
+    #[serde(rename = "loop")]
+    pub loop_: &'static str,
+    pub rate: Option<f64>,
+    pub depth: u32,
+    pub block_bytes: u32,
+    pub rounds: u32,
+    pub samples: u64,
+    pub spin_us: Option<u32>,
+    pub guest_spin_us: u32,
+    pub iops: f64,
+    pub iops_by_round: Vec<f64>,
+    pub mib_per_s: f64,
+    pub p50_us: Option<f64>,
+    pub p99_us: Option<f64>,
+    pub p999_us: Option<f64>,
+    pub max_us: f64,
+    pub exits: BTreeMap<&'static str, u64>,
+    pub exits_counted_by: &'static str,
+    pub exits_per_request: f64,
+    pub kicks_per_request: f64,
+    pub interrupts_per_request: f64,
+    pub halts_per_request: f64,
+    pub host_cpu_us_per_request: Option<f64>,
+    pub cpu_us_per_request: Option<Cpu>,
+    pub verified: bool,
+    pub verified_bytes: u64,
+}
+
+/// Two rows side by side: all ratios are the first through the second.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(
+    missing_docs,
+    reason = "the fields are named and explained in the README"
+)]
+pub struct Pair {
+    pub a: String,
+    pub b: String,
+    pub iops: f64,
+    pub p50: Option<f64>,
+    pub p99: Option<f64>,
+    pub exits_per_request: Option<f64>,
+    pub host_cpu: Option<f64>,
+    pub a_exits_per_request: f64,
+    pub b_exits_per_request: f64,
+}
+
+impl Pair {
+    /// Compares two rows.
+    #[must_use]
+    pub fn new(a: &RowResult, b: &RowResult) -> Self {
+        let ratio = |a: f64, b: f64| (b > 0.0).then(|| a / b);
+        let both = |a: Option<f64>, b: Option<f64>| ratio(a?, b?);
+        Self {
+            a: a.name.clone(),
+            b: b.name.clone(),
+            iops: a.iops / b.iops,
+            p50: both(a.p50_us, b.p50_us),
+            p99: both(a.p99_us, b.p99_us),
+            exits_per_request: ratio(a.exits_per_request, b.exits_per_request),
+            host_cpu: both(a.host_cpu_us_per_request, b.host_cpu_us_per_request),
+            a_exits_per_request: a.exits_per_request,
+            b_exits_per_request: b.exits_per_request,
+        }
+    }
+}
+
+/// Names of the features in use.
+fn feature_names(device: DeviceKind, features: Features) -> Vec<String> {
+    if device != DeviceKind::VirtioBlk {
+        return Vec::new();
+    }
+    let block = BlockFeatures::from(features);
+    let rest = features - Features::from(block);
+    let names = rest.iter_names().map(|(name, _)| name);
+    names
+        .chain(block.iter_names().map(|(name, _)| name))
+        .map(str::to_owned)
+        .collect()
+}

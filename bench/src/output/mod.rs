@@ -1,0 +1,4 @@
+//! Printing the figures.
+
+pub mod json;
+pub mod table;

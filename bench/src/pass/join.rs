@@ -1,0 +1,1 @@
+//! A pass without a virtual machine: driver and device in one process.

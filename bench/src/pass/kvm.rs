@@ -1,0 +1,204 @@
+//! A pass in pvkit's own monitor.
+
+use super::{HostCounts, MEMORY_BYTES, Measurement, Progress, Settings, Task};
+use super::{patience, read_report, script};
+use crate::plan::SPIN_US;
+use anyhow::{Context, Result, bail};
+use pvkit_host::bus::BusDevice;
+use pvkit_host::disk::FileDisk;
+use pvkit_host::executor::ThreadOptions;
+use pvkit_host::virtio::block::{Block, BlockOptions};
+use pvkit_host::vmm::{
+    ExitCounters, Stop, Vm, VmOptions, VmThreads, kernel_worker_time, thread_time,
+};
+use pvkit_workload::script::{MARK_PORT, Mark};
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// What the guest's marks brought so far.
+#[derive(Debug, Default)]
+struct Marks {
+    started: HashMap<u32, HostCounts>,
+    ended: HashMap<u32, HostCounts>,
+    done: usize,
+}
+
+/// The port that the guest writes its marks to. It is written from the vCPU's
+/// thread, so the counters stand still while they are read.
+#[derive(Debug)]
+struct MarkPort {
+    marks: Arc<Mutex<Marks>>,
+    exits: Arc<ExitCounters>,
+    threads: Option<VmThreads>,
+    done: mpsc::Sender<usize>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl MarkPort {
+    fn counts(&self) -> HostCounts {
+        let Some(threads) = &self.threads else {
+            return HostCounts::default();
+        };
+        HostCounts {
+            exits: self.exits.read(),
+            vcpu: threads.vcpus().into_iter().map(thread_time).sum(),
+            worker: threads
+                .lanes()
+                .into_iter()
+                .map(|lane| thread_time(lane.tid))
+                .sum(),
+            kernel_workers: kernel_worker_time(),
+        }
+    }
+}
+
+impl BusDevice for MarkPort {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write(&mut self, _offset: u64, data: &[u8]) {
+        let Ok(bytes) = data.try_into() else { return };
+        let mut marks = lock(&self.marks);
+        match Mark::decode(u32::from_le_bytes(bytes)) {
+            Some(Mark::Start(job)) => _ = marks.started.insert(job, self.counts()),
+            Some(Mark::End(job)) => {
+                let mut counts = self.counts();
+                // The mark itself is a port write.
+                counts.exits.io_out = counts.exits.io_out.saturating_sub(1);
+                marks.ended.insert(job, counts);
+            }
+            Some(Mark::Done(_)) => {
+                marks.done += 1;
+                let _ = self.done.send(marks.done);
+            }
+            None => {}
+        }
+    }
+}
+
+/// What the guest prints, kept for error messages.
+#[derive(Debug, Clone, Default)]
+struct Console(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Console {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        let mut text = lock(&self.0);
+        // A guest that prints for ever must not fill the host's memory.
+        if text.len() < 64 * 1024 {
+            text.extend_from_slice(data);
+        }
+        Ok(data.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Console {
+    /// The last lines but progress.
+    fn tail(&self) -> String {
+        let text = lock(&self.0);
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.starts_with("job "))
+            .collect();
+        let from = lines.len().saturating_sub(5);
+        lines.get(from..).unwrap_or(&[]).join("\n")
+    }
+}
+
+/// Runs the tasks in a virtual machine on `disk`.
+///
+/// # Errors
+/// If the machine cannot be made, the guest fails or hangs, or data is wrong.
+pub fn run(
+    image: &Path,
+    disk: &FileDisk,
+    tasks: &[Task],
+    settings: &Settings,
+    progress: Progress<'_>,
+) -> Result<Vec<Measurement>> {
+    let mut vm = Vm::new(VmOptions {
+        memory_bytes: MEMORY_BYTES,
+        vcpus: 1,
+    })?;
+    let console = Console::default();
+    vm.add_serial(Box::new(console.clone()))?;
+    let marks = Arc::new(Mutex::new(Marks::default()));
+    let (done, jobs_done) = mpsc::channel();
+    let port = MarkPort {
+        marks: marks.clone(),
+        exits: vm.exits(),
+        threads: None,
+        done,
+    };
+    let port = Arc::new(Mutex::new(port));
+    vm.add_ports(MARK_PORT, 4, port.clone());
+    // The same disk twice: behind a worker that spins, and one that does not.
+    for spin in [SPIN_US, 0] {
+        let device = Block::new(Arc::new(disk.clone()), BlockOptions::default())?;
+        let spin = Duration::from_micros(u64::from(spin));
+        let threads = ThreadOptions {
+            spin,
+            ..ThreadOptions::default()
+        };
+        vm.add_virtio_mmio(Box::new(device), threads)?;
+    }
+    vm.load(image, "", Some(&script(tasks, settings)))?;
+    lock(&port).threads = Some(vm.threads());
+
+    let memory = vm.memory().clone();
+    let stopper = vm.stopper();
+    let patience = patience(tasks, settings);
+    let stop = thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            loop {
+                match jobs_done.recv_timeout(patience) {
+                    Ok(count) => progress(count),
+                    Err(RecvTimeoutError::Timeout) => {
+                        stopper.stop();
+                        return true;
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return false,
+                }
+            }
+        });
+        let stop = vm.run();
+        // Ends the watch: the last sender goes.
+        drop(port);
+        let hung = watch.join().unwrap_or(false);
+        stop.map(|stop| (stop, hung))
+    });
+    let (stop, hung) = stop?;
+    let marks = lock(&marks);
+    let at = || {
+        tasks
+            .get(marks.done)
+            .map_or("the end".to_owned(), |task| task.row.to_string())
+    };
+    if hung {
+        bail!("the guest hung for {} s at {}", patience.as_secs(), at());
+    }
+    match stop {
+        Stop::DebugExit(0) => {}
+        stop => bail!("{stop} at {}\n{}", at(), console.tail()),
+    }
+    let mut measurements = read_report(&memory, tasks).context("pvkit")?;
+    for (number, measurement) in measurements.iter_mut().enumerate() {
+        let number = number as u32;
+        if let (Some(start), Some(end)) = (marks.started.get(&number), marks.ended.get(&number)) {
+            measurement.host = Some(end.since(start));
+        }
+    }
+    Ok(measurements)
+}

@@ -1,0 +1,201 @@
+//! A pass in QEMU, with the same guest image on the same file.
+
+use super::{MEMORY_BYTES, Measurement, Progress, Settings, Task};
+use super::{patience, read_report, script};
+use anyhow::{Context, Result, bail, ensure};
+use pvkit_host::memory::GuestMemory;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+use tempfile::NamedTempFile;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// The program.
+const QEMU: &str = "qemu-system-x86_64";
+/// A firmware that starts PVH images at once.
+const FIRMWARE: &str = "/usr/share/qemu/qboot.rom";
+
+/// A QEMU that can be used.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    /// What it says of its version.
+    pub version: String,
+    firmware: PathBuf,
+    /// KVM is in software, and lacks a register that QEMU asks for.
+    software_kvm: bool,
+}
+
+/// Looks for QEMU.
+///
+/// # Errors
+/// Says what to install.
+pub fn find(software_kvm: bool) -> Result<Qemu> {
+    let output = Command::new(QEMU)
+        .arg("--version")
+        .output()
+        .ok()
+        .filter(|output| output.status.success())
+        .with_context(|| {
+            format!("{QEMU} is not installed (Debian: apt install qemu-system-x86)")
+        })?;
+    let version = String::from_utf8_lossy(&output.stdout);
+    let version = version.lines().next().unwrap_or("QEMU").to_owned();
+    let firmware = PathBuf::from(FIRMWARE);
+    ensure!(
+        firmware.exists(),
+        "{FIRMWARE} is missing (Debian: apt install qemu-system-data)"
+    );
+    Ok(Qemu {
+        version,
+        firmware,
+        software_kvm,
+    })
+}
+
+/// Kills the process if it still runs when this is dropped.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs the tasks in QEMU.
+///
+/// # Errors
+/// If QEMU does not start, the guest fails or hangs, or data is wrong.
+pub fn run(
+    qemu: &Qemu,
+    image: &Path,
+    disk: &Path,
+    tasks: &[Task],
+    settings: &Settings,
+    progress: Progress<'_>,
+) -> Result<Vec<Measurement>> {
+    let mut module = NamedTempFile::with_prefix("pvkit-script-")?;
+    module.write_all(&script(tasks, settings))?;
+    // The guest's memory, for the report. In memory, if there is such a place.
+    let shm = Path::new("/dev/shm");
+    let directory = if shm.is_dir() {
+        shm.to_path_buf()
+    } else {
+        std::env::temp_dir()
+    };
+    let ram = NamedTempFile::with_prefix_in("pvkit-ram-", directory)?;
+    ram.as_file().set_len(MEMORY_BYTES)?;
+
+    let mut child = Guard(command(qemu, image, module.path(), ram.path(), disk).spawn()?);
+    let stdout = child.0.stdout.take().context("no output")?;
+    let stderr = child.0.stderr.take().context("no errors")?;
+    let patience = patience(tasks, settings);
+    let over = AtomicBool::new(false);
+    let (status, console, errors) = thread::scope(|scope| {
+        let console = scope.spawn(|| {
+            let mut text = String::new();
+            let mut done = 0;
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if line.trim_end().ends_with("done") && line.starts_with("job ") {
+                    done += 1;
+                    progress(done);
+                } else if text.len() < 64 * 1024 {
+                    text.push_str(&line);
+                    text.push('\n');
+                }
+            }
+            text
+        });
+        let errors = scope.spawn(|| {
+            let mut text = String::new();
+            let _ = stderr.take(64 * 1024).read_to_string(&mut text);
+            text
+        });
+        let status = wait(&mut child.0, patience);
+        if status.is_err() {
+            // Ends the readers above.
+            let _ = child.0.kill();
+        }
+        over.store(true, Ordering::Relaxed);
+        (
+            status,
+            console.join().unwrap_or_default(),
+            errors.join().unwrap_or_default(),
+        )
+    });
+    // The guest's code c ends QEMU with 2c + 1.
+    let status = status.with_context(|| format!("QEMU\n{console}{errors}"))?;
+    if status != Some(1) {
+        bail!("QEMU ended with {status:?}\n{console}{errors}");
+    }
+    let map = GuestMemoryMmap::<()>::from_ranges_with_files([(
+        GuestAddress(0),
+        MEMORY_BYTES as usize,
+        Some(FileOffset::new(File::open(ram.path())?, 0)),
+    )]);
+    let memory = GuestMemory::new(Arc::new(map.context("the guest's memory")?))?;
+    read_report(&memory, tasks).context("QEMU")
+}
+
+fn command(qemu: &Qemu, image: &Path, module: &Path, ram: &Path, disk: &Path) -> Command {
+    let mut command = Command::new(QEMU);
+    let path = |path: &Path| path.display().to_string().replace(',', ",,");
+    let cpu = if qemu.software_kvm {
+        "host,arch-capabilities=off"
+    } else {
+        "host"
+    };
+    command
+        .args(["-accel", "kvm", "-cpu", cpu])
+        .args(["-m", &format!("{}M", MEMORY_BYTES >> 20)])
+        .args(["-machine", "pc,memory-backend=ram"])
+        .args([
+            "-object",
+            &format!(
+                "memory-backend-file,id=ram,size={MEMORY_BYTES},share=on,mem-path={}",
+                path(ram)
+            ),
+        ])
+        .args(["-bios", &path(&qemu.firmware)])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
+        .args(["-serial", "stdio"])
+        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"])
+        .args([
+            "-drive",
+            &format!("if=none,id=disk,format=raw,file={}", path(disk)),
+        ])
+        .args(["-device", "ide-hd,drive=disk,bus=ide.0"])
+        .args(["-kernel", &image.display().to_string()])
+        .args(["-initrd", &module.display().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// Waits for the process; says its exit code.
+fn wait(child: &mut Child, patience: Duration) -> Result<Option<i32>> {
+    let end = Instant::now() + patience;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.code());
+        }
+        ensure!(
+            Instant::now() < end,
+            "the guest hung for {} s",
+            patience.as_secs()
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,247 @@
+//! Which rows are measured in a run, and which of them are compared.
+
+use crate::cli::Cli;
+use crate::row::{DeviceKind, Loop, Row, Vmm};
+use anyhow::{Result, bail};
+use pvkit_workload::script::{Access, Completion};
+
+/// How long a worker polls before it sleeps, unless a row says otherwise.
+pub const SPIN_US: u32 = 50;
+
+/// The rows of a run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// In the order in which they are printed.
+    pub rows: Vec<Row>,
+    /// Pairs of indices into `rows`: what is compared with what.
+    pub pairs: Vec<(usize, usize)>,
+}
+
+/// A closed loop on a device in our monitor.
+fn row(device: DeviceKind, access: Access, kib: u32, depth: u32, completion: Completion) -> Row {
+    Row {
+        access,
+        block_bytes: kib * 1024,
+        depth: depth.min(device.max_depth()),
+        completion,
+        looping: Loop::Closed,
+        device,
+        vmm: Vmm::Pvkit,
+        spin_us: (device == DeviceKind::VirtioBlk).then_some(SPIN_US),
+    }
+}
+
+fn without_spin(row: Row) -> Row {
+    Row {
+        spin_us: row.spin_us.map(|_| 0),
+        ..row
+    }
+}
+
+/// The row whose rate open loops are derived from.
+#[must_use]
+pub fn base_row() -> Row {
+    row(
+        DeviceKind::IdeDma,
+        Access::RandomRead,
+        4,
+        1,
+        Completion::Polled,
+    )
+}
+
+fn rows(full: bool) -> Vec<Row> {
+    use Access::{RandomRead, RandomWrite, SequentialRead, SequentialWrite};
+    use Completion::{Interrupt, Polled};
+    use DeviceKind::{IdeDma, IdePio, VirtioBlk};
+    let mut rows = Vec::new();
+    let depths: &[u32] = if full {
+        &[1, 2, 4, 8, 16, 32, 64, 128]
+    } else {
+        &[1, 8, 32, 128]
+    };
+
+    // 4 KiB at random places: the cost of a request.
+    for access in [RandomRead, RandomWrite] {
+        let quick_write = !full && access == RandomWrite;
+        let depths = if quick_write { &[1, 32] } else { depths };
+        for &depth in depths {
+            let virtio = row(VirtioBlk, access, 4, depth, Polled);
+            rows.push(virtio);
+            if full || (access == RandomRead && [1, 32].contains(&depth)) {
+                rows.push(without_spin(virtio));
+            }
+        }
+        rows.push(row(IdeDma, access, 4, 1, Polled));
+        rows.push(row(IdePio, access, 4, 1, Polled));
+        if quick_write {
+            continue;
+        }
+        let depths: &[u32] = if full { depths } else { &[1, 32] };
+        for &depth in depths {
+            rows.push(row(VirtioBlk, access, 4, depth, Interrupt));
+            if full {
+                rows.push(without_spin(row(VirtioBlk, access, 4, depth, Interrupt)));
+            }
+        }
+        rows.push(row(IdeDma, access, 4, 1, Interrupt));
+        rows.push(row(IdePio, access, 4, 1, Interrupt));
+    }
+
+    // Larger requests: the cost of a byte.
+    let sizes: &[u32] = if full { &[16, 64, 128] } else { &[128] };
+    for &kib in sizes {
+        for access in [SequentialRead, SequentialWrite] {
+            let depths: &[u32] = if full { &[1, 8, 32] } else { &[1, 8] };
+            for &depth in depths {
+                rows.push(row(VirtioBlk, access, kib, depth, Polled));
+            }
+            rows.push(row(IdeDma, access, kib, 1, Polled));
+            rows.push(row(IdePio, access, kib, 1, Polled));
+        }
+        if full {
+            for access in [RandomRead, RandomWrite] {
+                rows.push(row(VirtioBlk, access, kib, 8, Polled));
+                rows.push(row(IdeDma, access, kib, 1, Polled));
+            }
+        }
+    }
+
+    // The same load on both: what it costs the host.
+    for device in [VirtioBlk, IdeDma] {
+        let depth = device.max_depth().min(32);
+        let open = Row {
+            looping: Loop::Open,
+            ..row(device, RandomRead, 4, depth, Polled)
+        };
+        rows.push(open);
+        if device == VirtioBlk {
+            rows.push(without_spin(open));
+        }
+    }
+
+    // Our IDE beside QEMU's: the comparison is worth nothing if ours is slow.
+    for device in [IdeDma, IdePio] {
+        rows.push(Row {
+            vmm: Vmm::Qemu,
+            ..row(device, RandomRead, 4, 1, Polled)
+        });
+    }
+    if full {
+        for device in [IdeDma, IdePio] {
+            for access in [SequentialRead, SequentialWrite] {
+                rows.push(Row {
+                    vmm: Vmm::Qemu,
+                    ..row(device, access, 128, 1, Polled)
+                });
+            }
+        }
+    }
+    rows
+}
+
+impl Plan {
+    /// The rows that the command line asks for.
+    ///
+    /// # Errors
+    /// If no row matches the filters.
+    pub fn new(cli: &Cli) -> Result<Self> {
+        let all = rows(cli.full);
+        let mut rows: Vec<Row> = all
+            .into_iter()
+            .filter(|row| {
+                let name = row.to_string();
+                cli.filter.is_empty() || cli.filter.iter().any(|text| name.contains(text.as_str()))
+            })
+            .collect();
+        if rows.is_empty() {
+            bail!("no row matches {:?}; `--list` prints all names", cli.filter);
+        }
+        let open = rows.iter().any(|row| row.looping == Loop::Open);
+        if open && !rows.contains(&base_row()) {
+            rows.push(base_row());
+        }
+        Ok(Self {
+            pairs: pairs(&rows),
+            rows,
+        })
+    }
+
+    /// The rows of one monitor, with their indices.
+    pub fn rows_of(&self, vmm: Vmm) -> impl Iterator<Item = (usize, &Row)> {
+        self.rows
+            .iter()
+            .enumerate()
+            .filter(move |(_, row)| row.vmm == vmm)
+    }
+}
+
+/// Each paravirtual row with each emulated one that does the same work and
+/// completes the same way; and each of ours with QEMU's of the same kind.
+fn pairs(rows: &[Row]) -> Vec<(usize, usize)> {
+    let mut pairs = Vec::new();
+    for (a, one) in rows.iter().enumerate() {
+        for (b, two) in rows.iter().enumerate() {
+            let same_work = (one.access, one.block_bytes, one.completion, one.looping)
+                == (two.access, two.block_bytes, two.completion, two.looping);
+            let against_emulated = one.device == DeviceKind::VirtioBlk
+                && two.device != DeviceKind::VirtioBlk
+                && one.vmm == two.vmm;
+            let against_qemu = one.device == two.device
+                && one.depth == two.depth
+                && one.vmm == Vmm::Pvkit
+                && two.vmm == Vmm::Qemu;
+            if same_work && (against_emulated || against_qemu) {
+                pairs.push((a, b));
+            }
+        }
+    }
+    pairs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use std::collections::HashSet;
+
+    fn plan(args: &[&str]) -> Result<Plan> {
+        let args = std::iter::once("pvkit-bench").chain(args.iter().copied());
+        Plan::new(&Cli::parse_from(args))
+    }
+
+    #[test]
+    fn the_quick_set_has_at_most_forty_rows_and_all_names_differ() {
+        for (args, most) in [(&[][..], 40), (&["--full"][..], 200)] {
+            let plan = plan(args).unwrap();
+            let names: HashSet<String> = plan.rows.iter().map(Row::to_string).collect();
+            assert_eq!(names.len(), plan.rows.len());
+            assert!(names.len() <= most, "{}", names.len());
+        }
+    }
+
+    #[test]
+    fn polled_and_interrupt_never_share_a_pair() {
+        let plan = plan(&["--full"]).unwrap();
+        assert!(!plan.pairs.is_empty());
+        for (a, b) in plan.pairs {
+            let (a, b) = (plan.rows[a], plan.rows[b]);
+            assert_eq!(a.completion, b.completion);
+            assert_eq!((a.access, a.block_bytes), (b.access, b.block_bytes));
+            assert_ne!((a.device, a.vmm), (b.device, b.vmm));
+        }
+    }
+
+    #[test]
+    fn filters_choose_and_an_open_loop_brings_its_base() {
+        let only = plan(&["--filter", "randread-4k-qd32-polled/virtio"]).unwrap();
+        assert_eq!(only.rows.len(), 2, "with and without spinning");
+        let open = plan(&["--filter", "-open"]).unwrap();
+        assert!(open.rows.contains(&base_row()));
+        let error = plan(&["--filter", "nothing"]).unwrap_err().to_string();
+        assert!(
+            error.contains("nothing") && error.contains("--list"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,212 @@
+//! What is measured: a case on a device in a monitor.
+
+use pvkit_workload::script::{Access, Completion, Device};
+use std::fmt;
+
+/// The device that a row is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// virtio-blk, split ring, virtio-mmio.
+    VirtioBlk,
+    /// PIIX3 IDE by bus-master DMA.
+    IdeDma,
+    /// PIIX3 IDE by programmed I/O.
+    IdePio,
+}
+
+impl DeviceKind {
+    /// As printed.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::VirtioBlk => "virtio-blk",
+            Self::IdeDma => "ide-dma",
+            Self::IdePio => "ide-pio",
+        }
+    }
+
+    /// How it is attached.
+    #[must_use]
+    pub fn transport(self) -> &'static str {
+        match self {
+            Self::VirtioBlk => "virtio-mmio",
+            Self::IdeDma | Self::IdePio => "pci-ide",
+        }
+    }
+
+    /// The ring format, if there is a ring.
+    #[must_use]
+    pub fn ring(self) -> Option<&'static str> {
+        (self == Self::VirtioBlk).then_some("split")
+    }
+
+    /// The driver's most requests in flight.
+    #[must_use]
+    pub fn max_depth(self) -> u32 {
+        match self {
+            Self::VirtioBlk => 256,
+            Self::IdeDma | Self::IdePio => 1,
+        }
+    }
+
+    /// As the script says it.
+    #[must_use]
+    pub fn script_device(self) -> Device {
+        match self {
+            Self::VirtioBlk => Device::VirtioMmio,
+            Self::IdeDma => Device::IdeDma,
+            Self::IdePio => Device::IdePio,
+        }
+    }
+}
+
+/// The monitor that a row runs in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Vmm {
+    /// pvkit's own.
+    Pvkit,
+    /// QEMU.
+    Qemu,
+}
+
+impl Vmm {
+    /// As printed.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pvkit => "pvkit",
+            Self::Qemu => "qemu",
+        }
+    }
+}
+
+/// When requests are started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Loop {
+    /// As soon as another one is done.
+    Closed,
+    /// At fixed moments, at half the rate that IDE by DMA reaches.
+    Open,
+}
+
+impl Loop {
+    /// As printed.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Open => "open",
+        }
+    }
+}
+
+/// One line of the result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Row {
+    /// What is done.
+    pub access: Access,
+    /// Bytes of a request.
+    pub block_bytes: u32,
+    /// Requests in flight; for an open loop, the most.
+    pub depth: u32,
+    /// How the guest learns of completions.
+    pub completion: Completion,
+    /// When requests are started.
+    pub looping: Loop,
+    /// On which device.
+    pub device: DeviceKind,
+    /// In which monitor.
+    pub vmm: Vmm,
+    /// How long the device's worker polls before it sleeps, in microseconds.
+    /// `None` if it has no worker of its own, or one that is not ours to set.
+    pub spin_us: Option<u32>,
+}
+
+/// Name of an access.
+#[must_use]
+pub fn access_name(access: Access) -> &'static str {
+    match access {
+        Access::RandomRead => "randread",
+        Access::RandomWrite => "randwrite",
+        Access::SequentialRead => "seqread",
+        Access::SequentialWrite => "seqwrite",
+    }
+}
+
+/// Name of a way to complete.
+#[must_use]
+pub fn completion_name(completion: Completion) -> &'static str {
+    match completion {
+        Completion::Polled => "polled",
+        Completion::Interrupt => "interrupt",
+    }
+}
+
+impl Row {
+    /// The case: all but device, monitor and spinning.
+    #[must_use]
+    pub fn case(&self) -> String {
+        let open = if self.looping == Loop::Open {
+            "-open"
+        } else {
+            ""
+        };
+        format!(
+            "{}-{}k-qd{}-{}{open}",
+            access_name(self.access),
+            self.block_bytes / 1024,
+            self.depth,
+            completion_name(self.completion),
+        )
+    }
+}
+
+impl fmt::Display for Row {
+    /// The row's name, for lists and filters.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}/{}/{}",
+            self.case(),
+            self.device.name(),
+            self.vmm.name()
+        )?;
+        match self.spin_us {
+            None => Ok(()),
+            Some(0) => write!(f, "/no-spin"),
+            Some(spin) => write!(f, "/spin-{spin}us"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_say_everything() {
+        let row = Row {
+            access: Access::RandomRead,
+            block_bytes: 4096,
+            depth: 32,
+            completion: Completion::Polled,
+            looping: Loop::Closed,
+            device: DeviceKind::VirtioBlk,
+            vmm: Vmm::Pvkit,
+            spin_us: Some(50),
+        };
+        assert_eq!(
+            row.to_string(),
+            "randread-4k-qd32-polled/virtio-blk/pvkit/spin-50us"
+        );
+        let row = Row {
+            looping: Loop::Open,
+            spin_us: Some(0),
+            ..row
+        };
+        assert_eq!(
+            row.to_string(),
+            "randread-4k-qd32-polled-open/virtio-blk/pvkit/no-spin"
+        );
+    }
+}

@@ -1,0 +1,199 @@
+//! A whole run, from the command line to the tables.
+
+use crate::cli::Cli;
+use crate::machine::Machine;
+use crate::measure::{Pair, RowResult, Sum};
+use crate::output::{json, table};
+use crate::pass::{self, Measurement, Settings, Task};
+use crate::plan::{Plan, base_row};
+use crate::row::{Loop, Vmm};
+use crate::test_file::TestFile;
+use crate::{image, pass::qemu};
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use pvkit_host::disk::{FileDisk, FileOptions};
+use pvkit_host::vmm;
+use pvkit_workload::pattern::Round;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// Whatever keeps it from measuring; wrong data is an error too.
+pub fn run(cli: &Cli) -> Result<()> {
+    let mut plan = Plan::new(cli)?;
+    let mut out = std::io::stdout().lock();
+    if cli.list {
+        for row in &plan.rows {
+            writeln!(out, "{row}")?;
+        }
+        return Ok(());
+    }
+    if let Some(path) = &cli.json {
+        json::check(path)?;
+    }
+    let directory = cli.dir.clone().unwrap_or_else(std::env::temp_dir);
+    let tsc_khz = vmm::tsc_khz()?;
+    let mut machine = Machine::look(&directory, tsc_khz);
+    let mut skipped = Vec::new();
+    let qemu = find_qemu(cli, &mut plan, machine.software_kvm, &mut skipped);
+    machine.qemu = qemu.as_ref().map(|qemu| qemu.version.clone());
+    writeln!(out, "{}", machine.describe())?;
+
+    let started = Instant::now();
+    let file = TestFile::new(&directory)?;
+    let image = image::write().context("the guest image")?;
+    let settings = Settings {
+        tsc_khz,
+        duration: Duration::from_millis(cli.duration_ms),
+    };
+    let bar = progress_bar(&plan, cli.rounds);
+    let mut sums = plan
+        .rows
+        .iter()
+        .map(|row| Sum::new(*row, tsc_khz))
+        .collect::<Result<Vec<_>>>()?;
+    let mut last_round = 0;
+    for round in 0..cli.rounds {
+        for vmm in [Vmm::Pvkit, Vmm::Qemu] {
+            let rate = half_rate(&plan, &sums);
+            let tasks = tasks(&plan, vmm, round, rate);
+            if tasks.is_empty() {
+                continue;
+            }
+            last_round = tasks
+                .iter()
+                .map(|task| task.round)
+                .fold(last_round, u32::max);
+            let before = bar.position();
+            let progress = |done: usize| bar.set_position(before + done as u64);
+            let measurements = match (vmm, &qemu) {
+                (Vmm::Pvkit, _) => {
+                    let disk = FileDisk::open(file.path(), FileOptions::default())?;
+                    pass::kvm::run(image.path(), &disk, &tasks, &settings, &progress)?
+                }
+                (Vmm::Qemu, Some(qemu)) => {
+                    let disk = file.path();
+                    qemu::run(qemu, image.path(), disk, &tasks, &settings, &progress)?
+                }
+                (Vmm::Qemu, None) => continue,
+            };
+            for (measurement, task) in measurements.iter().zip(&tasks) {
+                add(&mut sums, measurement, task.rate);
+            }
+            bar.set_position(before + tasks.len() as u64);
+        }
+    }
+    bar.finish_and_clear();
+    let sectors = file.verify(Round(last_round))?;
+
+    let results: Vec<RowResult> = sums.iter().filter_map(Sum::result).collect();
+    let pairs = compare(&plan, &sums);
+    writeln!(out, "\n{}", table::results(&results))?;
+    if !pairs.is_empty() {
+        writeln!(out, "\n{}", table::pairs(&pairs))?;
+    }
+    let verified: u64 = results.iter().map(|row| row.verified_bytes).sum();
+    writeln!(
+        out,
+        "\nData verified: {:.1} MiB by the guest, {sectors} written sectors by the host; \
+         none wrong. {} rounds, {:.0} s.",
+        verified as f64 / f64::from(1 << 20),
+        cli.rounds,
+        started.elapsed().as_secs_f64()
+    )?;
+    for note in &skipped {
+        writeln!(out, "skipped: {note}")?;
+    }
+    if let Some(path) = &cli.json {
+        let document = json::Document {
+            schema: json::SCHEMA,
+            machine: &machine,
+            results: &results,
+            pairs: &pairs,
+            skipped: &skipped,
+        };
+        json::write(path, &document)?;
+    }
+    Ok(())
+}
+
+/// Looks for QEMU if a row wants it; without it, its rows are left out.
+fn find_qemu(
+    cli: &Cli,
+    plan: &mut Plan,
+    software_kvm: bool,
+    skipped: &mut Vec<String>,
+) -> Option<qemu::Qemu> {
+    let count = plan.rows_of(Vmm::Qemu).count();
+    if count == 0 {
+        return None;
+    }
+    let found = if cli.no_qemu {
+        Err(anyhow::anyhow!("--no-qemu was given"))
+    } else {
+        qemu::find(software_kvm)
+    };
+    match found {
+        Ok(qemu) => Some(qemu),
+        Err(error) => {
+            skipped.push(format!("{count} rows of QEMU: {error:#}"));
+            None
+        }
+    }
+}
+
+/// Half the rate that IDE reaches, once that has been measured.
+fn half_rate(plan: &Plan, sums: &[Sum]) -> Option<f64> {
+    let index = plan.rows.iter().position(|row| *row == base_row())?;
+    sums.get(index)?.iops().map(|iops| iops / 2.0)
+}
+
+/// The tasks of a pass. Every round starts with another row, so that no row is
+/// always the first.
+fn tasks(plan: &Plan, vmm: Vmm, round: u32, rate: Option<f64>) -> Vec<Task> {
+    let rows = plan.rows.len() as u32;
+    let mut tasks: Vec<Task> = plan
+        .rows_of(vmm)
+        .filter(|(_, row)| row.looping == Loop::Closed || rate.is_some())
+        .map(|(index, row)| Task {
+            index,
+            row: *row,
+            round: 1 + round * rows + index as u32,
+            rate: rate.filter(|_| row.looping == Loop::Open),
+        })
+        .collect();
+    if !tasks.is_empty() {
+        let shift = round as usize * 7 % tasks.len();
+        tasks.rotate_left(shift);
+    }
+    tasks
+}
+
+fn add(sums: &mut [Sum], measurement: &Measurement, rate: Option<f64>) {
+    if let Some(sum) = sums.get_mut(measurement.index) {
+        sum.add(measurement, rate);
+    }
+}
+
+fn compare(plan: &Plan, sums: &[Sum]) -> Vec<Pair> {
+    let result = |index: usize| sums.get(index).and_then(Sum::result);
+    plan.pairs
+        .iter()
+        .filter_map(|&(a, b)| Some(Pair::new(&result(a)?, &result(b)?)))
+        .collect()
+}
+
+/// A bar on a terminal, and nothing elsewhere.
+fn progress_bar(plan: &Plan, rounds: u32) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(plan.rows.len() as u64 * u64::from(rounds));
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} measurements, {eta} left")
+    {
+        bar.set_style(style);
+    }
+    bar
+}
