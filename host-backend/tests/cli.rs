@@ -1,0 +1,156 @@
+//! The `pvkit` program: what it says when something is wrong.
+#![cfg(feature = "vmm")]
+
+mod common;
+
+use common::{Code, elf, have_kvm, write};
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn pvkit(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pvkit"))
+        .arg("run")
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+/// One clear line on standard error, with these words, and a bad exit code.
+fn refuses(args: &[&str], words: &[&str]) {
+    let output = pvkit(args);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{args:?} succeeded");
+    let line = text
+        .lines()
+        .find(|line| words.iter().all(|word| line.contains(word)));
+    assert!(
+        line.is_some(),
+        "{args:?}: none of these lines has {words:?}:\n{text}"
+    );
+    assert!(!text.contains("panicked"), "{text}");
+}
+
+fn path(directory: &Path, name: &str, bytes: &[u8]) -> String {
+    write(directory, name, bytes).display().to_string()
+}
+
+#[test]
+fn bad_disks_are_named_and_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = path(directory.path(), "guest", &elf(&Code::new().exit(0).0));
+    let run = |disk: &str, words: &[&str]| {
+        refuses(&["--kernel", &kernel, "--disk", disk], words);
+    };
+    let missing = directory.path().join("missing.img").display().to_string();
+    run(&missing, &["missing.img", "no such file", "truncate"]);
+    assert!(!Path::new(&missing).exists());
+    let empty = path(directory.path(), "empty.img", b"");
+    run(&empty, &["empty.img", "empty", "truncate"]);
+    assert_eq!(std::fs::read(&empty).unwrap(), b"");
+    let odd = path(directory.path(), "odd.img", &[7; 513]);
+    run(&odd, &["odd.img", "513 bytes", "512", "truncate -s 1024"]);
+    assert_eq!(std::fs::read(&odd).unwrap(), [7; 513]);
+    run(
+        &directory.path().display().to_string(),
+        &["neither a file nor a block device"],
+    );
+    let good = path(directory.path(), "good.img", &[0; 1024]);
+    run(&format!("{good},rw"), &["\"rw\"", "ro"]);
+    run(
+        &format!("{good},id=a-name-that-is-too-long"),
+        &["23 bytes", "20"],
+    );
+    run("", &["path is missing"]);
+}
+
+#[test]
+fn bad_sizes_and_images_are_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = path(directory.path(), "guest", &elf(&Code::new().exit(0).0));
+    refuses(&["--kernel", &kernel, "--memory", "lots"], &["lots", "MiB"]);
+    refuses(&["--kernel", &kernel, "--memory", "1.5GiB"], &["1.5GiB"]);
+    refuses(&["--kernel", &kernel, "--cpus", "many"], &["many"]);
+    refuses(&[], &["--kernel"]);
+    if !have_kvm() {
+        return;
+    }
+    refuses(
+        &["--kernel", &kernel, "--memory", "4096"],
+        &["4096 bytes", "--memory"],
+    );
+    refuses(
+        &["--kernel", &kernel, "--memory", "33554433"],
+        &["33554433", "4096"],
+    );
+    refuses(&["--kernel", &kernel, "--cpus", "0"], &["vCPUs"]);
+    refuses(&["--kernel", "/no/such/image"], &["/no/such/image"]);
+    let text = path(directory.path(), "text", b"not an image");
+    refuses(&["--kernel", &text], &["text", "ELF"]);
+    refuses(
+        &["--kernel", &kernel, "--module", "/no/such/module"],
+        &["/no/such/module"],
+    );
+}
+
+#[test]
+fn the_exit_code_is_the_guest_s() {
+    if !have_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for code in [0, 42] {
+        let kernel = path(directory.path(), "guest", &elf(&Code::new().exit(code).0));
+        let output = pvkit(&["--kernel", &kernel]);
+        assert_eq!(output.status.code(), Some(i32::from(code)));
+    }
+    let kernel = path(directory.path(), "guest", &elf(&Code::new().halt().0));
+    refuses(
+        &["--kernel", &kernel, "--timeout", "1"],
+        &["1 s", "--timeout"],
+    );
+}
+
+#[test]
+fn a_user_without_rights_is_told_how_to_get_them() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65534;
+    let Ok(device) = std::fs::metadata("/dev/kvm") else {
+        common::skipped("there is no /dev/kvm");
+        return;
+    };
+    if device.mode() & 0o006 != 0 {
+        common::skipped("/dev/kvm is open to everybody");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let everybody = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(directory.path(), everybody.clone()).unwrap();
+    let kernel = path(directory.path(), "guest", &elf(&Code::new().exit(0).0));
+    let program = directory.path().join("pvkit");
+    std::fs::copy(env!("CARGO_BIN_EXE_pvkit"), &program).unwrap();
+    std::fs::set_permissions(&program, everybody).unwrap();
+    let locked = path(directory.path(), "locked.img", &[0; 1024]);
+    std::fs::set_permissions(&locked, std::fs::Permissions::from_mode(0o600)).unwrap();
+
+    let as_nobody = |args: &[&str]| {
+        let mut command = Command::new(&program);
+        command.arg("run").args(args).uid(NOBODY).gid(NOBODY);
+        command
+            .output()
+            .map(|output| String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let Ok(text) = as_nobody(&["--kernel", &kernel]) else {
+        common::skipped("only root can try this as another user");
+        return;
+    };
+    assert!(
+        text.contains("/dev/kvm") && text.contains("usermod -aG kvm"),
+        "{text}"
+    );
+    let text = as_nobody(&["--kernel", &kernel, "--disk", &locked]).unwrap();
+    assert!(
+        text.contains("locked.img") && text.contains("permission denied"),
+        "{text}"
+    );
+}
