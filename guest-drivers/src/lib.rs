@@ -17,6 +17,40 @@
 //!   comparison and for hosts that offer nothing better.
 //! - [`fault`]: what a driver reports when the device breaks the rules.
 //!
+//! ## A disk in twenty lines
+//!
+//! ```no_run
+//! # use std as alloc;
+//! use core::ptr::NonNull;
+//! use pvkit_guest::block::{BlockOp, BlockQueue};
+//! use pvkit_guest::dma::LinearSpace;
+//! use pvkit_guest::register::MmioRegisters;
+//! use pvkit_guest::virtio::transport::MmioTransport;
+//! use pvkit_guest::virtio::{Block, BlockOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let base = NonNull::new(core::ptr::with_exposed_provenance_mut(0xd000_0000)).unwrap();
+//! // SAFETY: a virtio-mmio window, mapped uncached, that nobody else uses.
+//! let registers = unsafe { MmioRegisters::new(base, 0x200) };
+//! // SAFETY: memory is identity mapped, for devices too.
+//! let space = unsafe { LinearSpace::new(0) };
+//! let transport = MmioTransport::new(registers)?;
+//! let (block, mut queue) = Block::open(transport, space, BlockOptions::default())?;
+//!
+//! let buffer = alloc::vec![0u8; 4096].into_boxed_slice();
+//! queue.submit(BlockOp::Read { sector: 0 }, Some(buffer), 1).map_err(|r| r.reason)?;
+//! queue.publish();
+//! let done = loop {
+//!     if let Some(done) = queue.complete()? {
+//!         break done;
+//!     }
+//! };
+//! done.result?;
+//! println!("{} bytes of {} sectors", done.buffer.unwrap().len(), block.limits().capacity);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! ## What the drivers promise
 //!
 //! A queue **owns** every buffer while the device has it, so the public

@@ -21,6 +21,37 @@
 //! threads are started, and no file descriptors polled, unless you ask for
 //! them.
 //!
+//! ## A block device in a monitor of your own
+//!
+//! ```no_run
+//! use pvkit_host::bus::BusDevice;
+//! use pvkit_host::disk::{FileDisk, FileOptions};
+//! use pvkit_host::executor::{ThreadOptions, Threads};
+//! use pvkit_host::memory::GuestMemory;
+//! use pvkit_host::virtio::block::{Block, BlockOptions};
+//! use pvkit_host::virtio::transport::MmioTransport;
+//! use pvkit_host::worker::SignalCounter;
+//! use std::sync::Arc;
+//! use vm_memory::{GuestAddress, GuestMemoryMmap};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let map = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
+//! let memory = GuestMemory::new(Arc::new(map))?;
+//! let disk = FileDisk::open("disk.img", FileOptions::default())?;
+//! let device = Block::new(Arc::new(disk), BlockOptions::default())?;
+//! // Your interrupt goes here; and your own event loop in place of threads.
+//! let interrupt = Arc::new(SignalCounter::default());
+//! let threads = Threads::new("disk", ThreadOptions::default());
+//! let mut window = MmioTransport::new(Box::new(device), memory, Box::new(threads), interrupt)?;
+//! // What the guest reads and writes in the window goes to these two.
+//! let mut magic = [0; 4];
+//! window.read(0, &mut magic);
+//! assert_eq!(&magic, b"virt");
+//! window.write(0x70, &[1, 0, 0, 0]);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! ## What the devices promise
 //!
 //! Nothing that a guest writes, to memory or to registers, makes the host
