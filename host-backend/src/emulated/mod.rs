@@ -1,2 +1,4 @@
 //! Devices that exist as chips.
 #![forbid(unsafe_code)]
+
+pub mod ata;
