@@ -200,6 +200,26 @@ pub trait BlockQueue<B: DmaBufMut> {
 }
 
 impl BlockLimits {
+    /// Checks an operation with a buffer of so many bytes, or without one.
+    ///
+    /// # Errors
+    /// The [`Reason`] why the disk cannot do it.
+    pub fn check(&self, op: BlockOp, buffer: Option<usize>) -> Result<(), Reason> {
+        let bytes = buffer.unwrap_or(0);
+        match op {
+            BlockOp::Read { sector } => self.check_transfer(sector, bytes),
+            BlockOp::Write { .. } if self.read_only => Err(Reason::ReadOnly),
+            BlockOp::Write { sector } => self.check_transfer(sector, bytes),
+            BlockOp::Flush if !self.flush => Err(Reason::Unsupported),
+            BlockOp::Flush if buffer.is_some() => Err(Reason::Buffer { bytes, expected: 0 }),
+            BlockOp::GetId if bytes != ID_BYTES => Err(Reason::Buffer {
+                bytes,
+                expected: ID_BYTES,
+            }),
+            BlockOp::Flush | BlockOp::GetId => Ok(()),
+        }
+    }
+
     /// Checks a read or write against the limits.
     ///
     /// # Errors

@@ -244,8 +244,19 @@ pub enum DmaError {
     /// The device cannot reach the buffer.
     #[error("the device cannot reach address {addr:#x}")]
     NotAddressable {
-        /// Where the buffer lies for the driver.
+        /// Where the buffer lies for the driver, or for the device if that is
+        /// what does not fit.
         addr: usize,
+    },
+    /// The device takes buffers in units that this one is not made of.
+    #[error("{bytes} bytes at address {addr:#x} are not aligned to {align}")]
+    Misaligned {
+        /// Where the piece lies for the device.
+        addr: usize,
+        /// Its length.
+        bytes: u32,
+        /// What both have to be multiples of.
+        align: u32,
     },
 }
 

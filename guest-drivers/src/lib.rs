@@ -13,6 +13,7 @@
 //! - [`block`]: the contract of every disk driver here, whatever the family:
 //!   submit, publish, complete, arm.
 //! - [`virtio`]: virtio-blk on the split ring over virtio-mmio.
+//! - [`pci`]: finding functions, and giving them ports.
 //! - [`emulated`]: drivers of the chips that hypervisors imitate, for
 //!   comparison and for hosts that offer nothing better.
 //! - [`fault`]: what a driver reports when the device breaks the rules.
@@ -63,8 +64,9 @@
 //!
 //! ## Unsafe code
 //!
-//! It stands in [`dma`], [`register`], the transports, and the queue's record
-//! of lent buffers. Every other module forbids it.
+//! It stands in [`dma`], [`register`], the transports, the record of lent
+//! buffers, and the two ways in which the ATA driver moves data. Every other
+//! module forbids it.
 #![no_std]
 #![deny(unsafe_code)]
 #![cfg_attr(
@@ -87,9 +89,11 @@ pub mod doorbell;
 pub mod emulated;
 pub mod fault;
 pub mod interrupt;
+pub mod pci;
 #[allow(unsafe_code)]
 pub mod register;
 pub mod storage;
 pub mod virtio;
 
 mod barrier;
+mod lent;

@@ -86,3 +86,5 @@ pub mod virtio;
 #[cfg(feature = "vmm")]
 pub mod vmm;
 pub mod worker;
+
+mod sync;

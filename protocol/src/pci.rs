@@ -73,7 +73,7 @@ pub mod header {
     pub const DEVICE: u8 = 0x02;
     /// 16 bits, [`Command`](super::Command).
     pub const COMMAND: u8 = 0x04;
-    /// 16 bits.
+    /// 16 bits, [`Status`](super::Status).
     pub const STATUS: u8 = 0x06;
     /// 8 bits.
     pub const REVISION: u8 = 0x08;
@@ -98,6 +98,12 @@ pub mod header {
     /// 8 bits: 0 for none, 1 for INTA# to 4 for INTD#.
     pub const INTERRUPT_PIN: u8 = 0x3d;
 
+    /// First byte that is not part of the header: capabilities, and registers
+    /// of the function's own.
+    pub const END: u8 = 0x40;
+
+    /// Number of base address registers.
+    pub const BARS: u8 = 6;
     /// Bit of [`HEADER_TYPE`]: look at functions 1 to 7 too.
     pub const MULTI_FUNCTION: u8 = 0x80;
 
@@ -123,12 +129,69 @@ bitflags::bitflags! {
     }
 }
 
+bitflags::bitflags! {
+    /// The status register (§6.2.3).
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+    pub struct Status: u16 {
+        /// The function wants to interrupt, whether or not it may.
+        const INTERRUPT = 1 << 3;
+        /// There is a list of capabilities.
+        const CAPABILITIES = 1 << 4;
+        /// Takes fast back-to-back transactions.
+        const FAST_BACK_TO_BACK = 1 << 7;
+        /// Answers at medium speed, as every function of old chipsets says.
+        const DEVSEL_MEDIUM = 1 << 9;
+    }
+}
+
 /// Bit 0 of a base address register: it decodes ports (§6.2.5.1).
 pub const BAR_IO: u32 = 1;
 /// Address bits of a port base address register.
 pub const BAR_IO_MASK: u32 = !0b11;
 /// Address bits of a memory base address register.
 pub const BAR_MEMORY_MASK: u32 = !0b1111;
+/// Type bits of a memory base address register.
+pub const BAR_MEMORY_TYPE: u32 = 0b110;
+/// Type of a memory base address register that takes the next one as its high
+/// half.
+pub const BAR_MEMORY_64: u32 = 0b100;
+/// Bit of a memory base address register: reads have no side effects.
+pub const BAR_PREFETCHABLE: u32 = 0b1000;
+
+/// Class codes (appendix D): class and subclass.
+pub mod class {
+    /// IDE controller.
+    pub const IDE: (u8, u8) = (0x01, 0x01);
+    /// Host bridge.
+    pub const HOST_BRIDGE: (u8, u8) = (0x06, 0x00);
+    /// ISA bridge.
+    pub const ISA_BRIDGE: (u8, u8) = (0x06, 0x01);
+}
+
+/// The two bridges of an Intel 440FX machine.
+pub mod i440fx {
+    /// Intel.
+    pub const VENDOR: u16 = 0x8086;
+    /// 82441FX, the host bridge.
+    pub const HOST_BRIDGE: u16 = 0x1237;
+    /// 82371SB (PIIX3), the ISA bridge.
+    pub const ISA_BRIDGE: u16 = 0x7000;
+    /// Configuration offset of the ISA bridge's four PIRQ route registers.
+    pub const PIRQ_ROUTE: u8 = 0x60;
+    /// Value of a PIRQ route register: to no interrupt line.
+    pub const PIRQ_DISABLED: u8 = 0x80;
+}
+
+/// Interrupt lines that the pins of all slots share.
+pub const INTX_LINES: u8 = 4;
+
+/// The line that a pin (1 for INTA# to 4 for INTD#) of a slot is wired to, so
+/// that the pins that slots use most do not share one (PCI-to-PCI Bridge
+/// Architecture Specification 1.2, §9.1).
+#[must_use]
+pub const fn intx_line(slot: u8, pin: u8) -> u8 {
+    slot.wrapping_add(pin).wrapping_sub(1) % INTX_LINES
+}
 
 #[cfg(test)]
 mod tests {
@@ -144,5 +207,15 @@ mod tests {
         assert_eq!(place.config_address(0x3d), 0x8003_ff3c);
         assert_eq!(Bdf::from_config_address(0x8003_ff3c), Some((place, 0x3c)));
         assert_eq!(Bdf::from_config_address(0x0003_ff3c), None);
+    }
+
+    #[test]
+    fn pins_are_spread_over_the_lines() {
+        assert_eq!(
+            (intx_line(0, 1), intx_line(1, 1), intx_line(2, 4)),
+            (0, 1, 1)
+        );
+        assert_eq!(intx_line(31, 4), 2);
+        assert!(intx_line(0, 0) < INTX_LINES);
     }
 }

@@ -101,6 +101,7 @@ impl Arena {
         ArenaSpace {
             shared: self.shared.clone(),
             longest: u32::MAX,
+            offset: 0,
         }
     }
 
@@ -194,6 +195,7 @@ impl Shared {
 pub struct ArenaSpace {
     shared: Arc<Shared>,
     longest: u32,
+    offset: u64,
 }
 
 impl ArenaSpace {
@@ -205,12 +207,20 @@ impl ArenaSpace {
         self
     }
 
+    /// The same space, in which the device is told addresses that are `offset`
+    /// higher: for devices that must refuse them, because they are wrong.
+    #[must_use]
+    pub fn seen_from(mut self, offset: u64) -> Self {
+        self.offset = offset;
+        self
+    }
+
     fn push(&self, start: usize, len: usize, out: &mut Segments<'_, u64>) -> Result<(), DmaError> {
         let mut done = 0;
         while done < len {
             let now = (len - done).min(self.longest as usize);
             out.push(Segment {
-                addr: BASE + (start + done) as u64,
+                addr: BASE + self.offset + (start + done) as u64,
                 len: now as u32,
             })?;
             done += now;
@@ -233,7 +243,7 @@ unsafe impl DmaSpace for ArenaSpace {
         let ptr = self.shared.take(layout).ok_or(error)?;
         // SAFETY: a fresh piece of that size.
         unsafe { ptr.write_bytes(0, layout.size()) };
-        let addr = BASE + self.shared.offset(ptr).ok_or(error)? as u64;
+        let addr = BASE + self.offset + self.shared.offset(ptr).ok_or(error)? as u64;
         // SAFETY: zeroed, exclusive, and freed by `dealloc`.
         Ok(unsafe { DmaRegion::from_parts(self.clone(), ptr, addr, layout) })
     }
@@ -298,7 +308,7 @@ unsafe impl DmaSpace for ArenaSpace {
         let Some(first) = segments.first() else {
             return Ok(());
         };
-        let bounce = self.shared.at(first.addr);
+        let bounce = self.shared.at(first.addr - self.offset);
         if direction == Direction::FromDevice {
             // SAFETY: two buffers of at least this length that do not overlap.
             unsafe {

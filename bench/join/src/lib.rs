@@ -6,7 +6,8 @@
 //!
 //! - [`arena`] is the guest's memory, and how the driver shares it.
 //! - [`wire`] carries the driver's register accesses to the device, and counts
-//!   them.
+//!   them; [`port`] does the same for ports.
+//! - [`ide`] is a machine with an IDE controller on a PCI bus.
 //! - [`stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
@@ -17,6 +18,9 @@
 #[allow(unsafe_code)]
 pub mod arena;
 pub mod hostile;
+pub mod ide;
+#[allow(unsafe_code)]
+pub mod port;
 pub mod stepped;
 #[allow(unsafe_code)]
 pub mod wire;

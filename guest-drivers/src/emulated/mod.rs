@@ -1,2 +1,3 @@
 //! Drivers of chips that hypervisors imitate.
-#![forbid(unsafe_code)]
+
+pub mod ata;

@@ -11,7 +11,7 @@ use super::queue::{
 };
 use super::transport::{Events, ResetTimeout, Transport};
 use crate::block::{
-    BlockError, BlockLimits, BlockOp, BlockQueue, Done, ID_BYTES, Reason, Refused, SECTOR_BYTES,
+    BlockError, BlockLimits, BlockOp, BlockQueue, Done, Reason, Refused, SECTOR_BYTES,
 };
 use crate::dma::{DmaBuf, DmaBufMut, DmaSpace};
 use crate::doorbell::Doorbell;
@@ -383,38 +383,13 @@ impl<B: DmaBufMut, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioBlockQueue<B, S, 
 
     /// Checks a request, and says how it looks on the wire.
     fn check(&self, op: BlockOp, buffer: Option<usize>) -> Result<RequestHeader, Reason> {
-        let bytes = buffer.unwrap_or(0);
-        match op {
-            BlockOp::Read { sector } => {
-                self.limits.check_transfer(sector, bytes)?;
-                Ok(RequestHeader::new(RequestType::IN, sector))
-            }
-            BlockOp::Write { sector } => {
-                if self.limits.read_only {
-                    return Err(Reason::ReadOnly);
-                }
-                self.limits.check_transfer(sector, bytes)?;
-                Ok(RequestHeader::new(RequestType::OUT, sector))
-            }
-            BlockOp::Flush => {
-                if !self.limits.flush {
-                    return Err(Reason::Unsupported);
-                }
-                if buffer.is_some() {
-                    return Err(Reason::Buffer { bytes, expected: 0 });
-                }
-                Ok(RequestHeader::new(RequestType::FLUSH, 0))
-            }
-            BlockOp::GetId => {
-                if bytes != ID_BYTES {
-                    return Err(Reason::Buffer {
-                        bytes,
-                        expected: ID_BYTES,
-                    });
-                }
-                Ok(RequestHeader::new(RequestType::GET_ID, 0))
-            }
-        }
+        self.limits.check(op, buffer)?;
+        Ok(match op {
+            BlockOp::Read { sector } => RequestHeader::new(RequestType::IN, sector),
+            BlockOp::Write { sector } => RequestHeader::new(RequestType::OUT, sector),
+            BlockOp::Flush => RequestHeader::new(RequestType::FLUSH, 0),
+            BlockOp::GetId => RequestHeader::new(RequestType::GET_ID, 0),
+        })
     }
 }
 

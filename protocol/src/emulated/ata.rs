@@ -6,6 +6,11 @@
 //! Controller", revision 1.0, and the Intel 82371SB (PIIX3) data sheet for
 //! bus-master registers.
 
+pub mod identify;
+mod task_file;
+
+pub use task_file::TaskFile;
+
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -122,6 +127,8 @@ pub mod command {
     pub const IDLE: u8 = 0xe3;
     /// Reports the power mode in the sector count register.
     pub const CHECK_POWER_MODE: u8 = 0xe5;
+    /// Sleeps until it is reset.
+    pub const SLEEP: u8 = 0xe6;
     /// Makes earlier writes durable.
     pub const FLUSH_CACHE: u8 = 0xe7;
     /// The same, with a 48-bit address on error.
@@ -174,7 +181,8 @@ bitflags::bitflags! {
     /// The error register (ATA-7 §7.9).
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
     pub struct Error: u8 {
-        /// Address mark not found; after diagnostics, "device 0 passed".
+        /// Address mark not found; after a reset or diagnostics,
+        /// [`DIAGNOSTIC_PASSED`].
         const AMNF = 0x01;
         /// The drive refused the command.
         const ABRT = 0x04;
@@ -235,6 +243,49 @@ bitflags::bitflags! {
         /// Only one channel can work at a time.
         const SIMPLEX = 0x80;
     }
+}
+
+/// What the error register holds after a reset or diagnostics that found
+/// nothing wrong with drive 0 (ATA-7, EXECUTE DEVICE DIAGNOSTIC).
+pub const DIAGNOSTIC_PASSED: u8 = 0x01;
+/// What the sector count register holds when the drive spins (ATA-7, CHECK
+/// POWER MODE).
+pub const POWER_MODE_ACTIVE: u8 = 0xff;
+
+/// What the registers hold after a reset: they tell what kind of device there
+/// is (ATA-7, signature and persistence).
+pub mod signature {
+    use super::TaskFile;
+
+    /// A disk.
+    pub const DISK: TaskFile = TaskFile {
+        count: 1,
+        low: 1,
+        mid: 0,
+        high: 0,
+    };
+    /// A packet device, such as a CD drive.
+    pub const PACKET: TaskFile = TaskFile {
+        count: 1,
+        low: 1,
+        mid: 0x14,
+        high: 0xeb,
+    };
+}
+
+/// Transfer modes, as SET FEATURES takes them in the sector count register
+/// (ATA-7, SET FEATURES).
+pub mod transfer_mode {
+    use core::ops::RangeInclusive;
+
+    /// PIO, with or without IORDY as the drive likes.
+    pub const PIO_DEFAULT: RangeInclusive<u8> = 0x00..=0x01;
+    /// PIO with flow control, modes 0 to 4.
+    pub const PIO: RangeInclusive<u8> = 0x08..=0x0c;
+    /// Multiword DMA, modes 0 to 2.
+    pub const MULTIWORD_DMA: RangeInclusive<u8> = 0x20..=0x22;
+    /// Ultra DMA, modes 0 to 5.
+    pub const ULTRA_DMA: RangeInclusive<u8> = 0x40..=0x45;
 }
 
 /// Offsets in the bus-master block of a channel.
@@ -311,93 +362,19 @@ pub mod piix3 {
     pub const VENDOR: u16 = 0x8086;
     /// 82371SB IDE.
     pub const DEVICE: u16 = 0x7010;
+    /// Programming interface: both channels in compatibility mode, and a bus
+    /// master.
+    pub const PROG_IF: u8 = 0x80;
     /// The BAR of the bus-master registers.
     pub const BUS_MASTER_BAR: u8 = 4;
     /// Configuration offset of the primary channel's timing register.
     pub const IDETIM_PRIMARY: u8 = 0x40;
     /// Configuration offset of the secondary channel's timing register.
     pub const IDETIM_SECONDARY: u8 = 0x42;
+    /// Configuration offset of the timing register of both drives 1, 8 bits.
+    pub const SIDETIM: u8 = 0x44;
     /// Bit of a timing register: the channel decodes its ports.
     pub const IDETIM_DECODE_ENABLE: u16 = 0x8000;
-}
-
-/// Word indices of the 256 words of IDENTIFY DEVICE (ATA-7 §6.17.8).
-pub mod identify {
-    /// Words in the answer.
-    pub const WORDS: usize = 256;
-    /// General configuration.
-    pub const CONFIG: usize = 0;
-    /// Default logical cylinders.
-    pub const CYLINDERS: usize = 1;
-    /// Default logical heads.
-    pub const HEADS: usize = 3;
-    /// Default logical sectors of a track.
-    pub const SECTORS: usize = 6;
-    /// Serial number: 10 words, bytes swapped.
-    pub const SERIAL: usize = 10;
-    /// Words of the serial number.
-    pub const SERIAL_WORDS: usize = 10;
-    /// Firmware revision: 4 words, bytes swapped.
-    pub const FIRMWARE: usize = 23;
-    /// Words of the firmware revision.
-    pub const FIRMWARE_WORDS: usize = 4;
-    /// Model: 20 words, bytes swapped.
-    pub const MODEL: usize = 27;
-    /// Words of the model.
-    pub const MODEL_WORDS: usize = 20;
-    /// 0x8000 and the most sectors of a MULTIPLE block.
-    pub const MAX_MULTIPLE: usize = 47;
-    /// Capabilities: DMA, LBA.
-    pub const CAPABILITIES: usize = 49;
-    /// Second word of capabilities: bit 14 one, bit 15 zero.
-    pub const CAPABILITIES_2: usize = 50;
-    /// PIO timing mode, in the high byte (obsolete since ATA-6).
-    pub const PIO_MODE: usize = 51;
-    /// Bits 0, 1 and 2: words 54-58, 64-70 and 88 are valid.
-    pub const VALIDITY: usize = 53;
-    /// Current logical cylinders; heads and sectors follow.
-    pub const CURRENT_CYLINDERS: usize = 54;
-    /// Current capacity in sectors by cylinders, low word.
-    pub const CURRENT_CAPACITY: usize = 57;
-    /// 0x100 if valid, and the current sectors of a MULTIPLE block.
-    pub const MULTIPLE: usize = 59;
-    /// Sectors that a 28-bit address can name, low word first.
-    pub const LBA28_SECTORS: usize = 60;
-    /// Multiword DMA modes: supported low, selected high.
-    pub const MULTIWORD_DMA: usize = 63;
-    /// Advanced PIO modes.
-    pub const ADVANCED_PIO: usize = 64;
-    /// Shortest multiword DMA cycle; three further timings follow.
-    pub const MIN_DMA_CYCLE: usize = 65;
-    /// Major version: one bit a standard.
-    pub const MAJOR_VERSION: usize = 80;
-    /// Command sets supported: three words.
-    pub const COMMAND_SETS: usize = 82;
-    /// Command sets enabled: three words.
-    pub const COMMAND_SETS_ENABLED: usize = 85;
-    /// Ultra DMA modes: supported low, selected high.
-    pub const ULTRA_DMA: usize = 88;
-    /// Result of the hardware reset.
-    pub const RESET_RESULT: usize = 93;
-    /// Sectors that a 48-bit address can name, four words, low first.
-    pub const LBA48_SECTORS: usize = 100;
-    /// Physical sector size: bit 14 one, bit 13 several logical sectors.
-    pub const PHYSICAL_SECTOR: usize = 106;
-
-    /// In [`CAPABILITIES`]: the drive can do DMA.
-    pub const CAPABILITY_DMA: u16 = 1 << 8;
-    /// In [`CAPABILITIES`]: the drive understands sector addresses.
-    pub const CAPABILITY_LBA: u16 = 1 << 9;
-    /// In word 83 and 86: 48-bit addresses.
-    pub const COMMAND_SET_2_LBA48: u16 = 1 << 10;
-    /// In word 83 and 86: FLUSH CACHE.
-    pub const COMMAND_SET_2_FLUSH: u16 = 1 << 12;
-    /// In word 83 and 86: FLUSH CACHE EXT.
-    pub const COMMAND_SET_2_FLUSH_EXT: u16 = 1 << 13;
-    /// In word 82 and 85: a write cache.
-    pub const COMMAND_SET_1_WRITE_CACHE: u16 = 1 << 5;
-    /// In word 82 and 85: NOP.
-    pub const COMMAND_SET_1_NOP: u16 = 1 << 14;
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@
 //! negotiated at run time and hidden in here.
 #![allow(unsafe_code)]
 
-mod lent;
 mod shape;
 mod slot;
 mod split;
@@ -14,12 +13,12 @@ mod split;
 use crate::dma::{Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Segment};
 use crate::doorbell::{Doorbell, Position};
 use crate::fault::Fault;
+use crate::lent::Lent;
 use crate::storage::Storage;
 use crate::virtio::transport::{QueueAddresses, QueueIdentity, Quiesced};
 use core::alloc::Layout;
 use core::fmt;
 use core::mem::ManuallyDrop;
-use lent::Lent;
 use pvkit_protocol::virtio::split::QueueSize;
 use slot::InFlight;
 use split::{Part, SplitRing};

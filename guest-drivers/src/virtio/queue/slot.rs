@@ -2,9 +2,9 @@
 //! remembers it.
 #![forbid(unsafe_code)]
 
-use super::lent::Lent;
 use super::shape::QueueError;
 use crate::dma::{DmaBuf, Segment};
+use crate::lent::Lent;
 use crate::storage::Storage;
 use core::fmt;
 use pvkit_protocol::virtio::split::QueueSize;

@@ -9,7 +9,7 @@ use core::mem::ManuallyDrop;
 ///
 /// Dropping it leaks the buffer: only [`give_back`](Lent::give_back) ends the
 /// loan.
-pub(super) struct Lent<B: DmaBuf> {
+pub(crate) struct Lent<B: DmaBuf> {
     raw: ManuallyDrop<B::Raw>,
     direction: Direction,
 }
@@ -18,7 +18,7 @@ impl<B: DmaBuf> Lent<B> {
     /// Takes the buffer and maps it; `room` receives its segments. On success
     /// also says how many segments there are; on failure hands the buffer
     /// back, unless the space cannot take back what it already mapped.
-    pub(super) fn lend<S: DmaSpace>(
+    pub(crate) fn lend<S: DmaSpace>(
         space: &S,
         buffer: B,
         direction: Direction,
@@ -62,7 +62,7 @@ impl<B: DmaBuf> Lent<B> {
     ///
     /// # Safety
     /// The device has completed the request, or was reset since.
-    pub(super) unsafe fn give_back<S: DmaSpace>(
+    pub(crate) unsafe fn give_back<S: DmaSpace>(
         self,
         space: &S,
         segments: &[Segment<S::Addr>],

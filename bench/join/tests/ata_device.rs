@@ -1,0 +1,1076 @@
+//! The controller register by register, as any driver could use it, and as
+//! none should.
+
+mod ata_common;
+
+use ata_common::{Gate, GateDisk, machine, pattern};
+use pvkit_guest::register::PortIo;
+use pvkit_host::disk::{DiskError, DiskOp};
+use pvkit_host::emulated::ata::{DriveOptions, Which};
+use pvkit_join::arena::BASE;
+use pvkit_join::ide::IdeJoin;
+use pvkit_protocol::emulated::ata::{
+    BusMasterStatus as Bm, Control, Error, Prd, Status, TaskFile, command, feature, piix3,
+};
+use pvkit_protocol::pci::{Bdf, Command};
+use std::sync::Arc;
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U16, U32};
+
+const COMMAND: u16 = 0x1f0;
+const CONTROL: u16 = 0x3f6;
+/// Where the guest keeps its table of regions, and its data.
+const TABLE: u64 = BASE + 0x1_0000;
+const MEMORY: u64 = BASE + 0x10_0000;
+const READY: u8 = 0x50;
+const IDE: Bdf = Bdf::new(1, 1);
+
+/// Address, count as it is written, and whether it ends the table.
+type Region = (u64, u16, bool);
+
+struct Machine {
+    join: IdeJoin,
+    disk: GateDisk,
+    master: u16,
+}
+
+fn new(sectors: u64) -> Machine {
+    let disk = GateDisk::new(sectors);
+    let join = machine(&disk);
+    let [primary, _] = join.channels();
+    Machine {
+        master: primary.bus_master.unwrap(),
+        join,
+        disk,
+    }
+}
+
+impl Machine {
+    fn set(&self, register: u16, value: u8) {
+        self.join.wire.write_u8(COMMAND + register, value);
+    }
+    fn get(&self, register: u16) -> u8 {
+        self.join.wire.read_u8(COMMAND + register)
+    }
+    fn control(&self, control: Control) {
+        self.join.wire.write_u8(CONTROL, control.bits());
+    }
+    fn alternate(&self) -> u8 {
+        self.join.wire.read_u8(CONTROL)
+    }
+    fn status(&self) -> Status {
+        Status::from_bits_retain(self.get(7))
+    }
+    fn error(&self) -> Error {
+        Error::from_bits_retain(self.get(1))
+    }
+    fn interrupts(&self) -> u64 {
+        self.join.interrupts[0].count()
+    }
+    /// Sets address and count, and gives a command with a 28-bit address.
+    fn command(&self, code: u8, sector: u64, count: u32) {
+        let (file, top) = TaskFile::from_lba28(sector, count);
+        for (register, value) in [
+            (2, file.count),
+            (3, file.low),
+            (4, file.mid),
+            (5, file.high),
+            (6, 0xe0 | top),
+            (7, code),
+        ] {
+            self.set(register, value);
+        }
+    }
+    /// A command with one parameter in each of two registers.
+    fn simple(&self, code: u8, features: u8, count: u8) -> Status {
+        self.set(6, 0xe0);
+        self.set(1, features);
+        self.set(2, count);
+        self.set(7, code);
+        self.status()
+    }
+    fn data(&self, bytes: usize) -> Vec<u8> {
+        let mut data = vec![0xcc; bytes];
+        self.join.wire.read_string(COMMAND, 2, &mut data);
+        data
+    }
+    fn put(&self, data: &[u8]) {
+        self.join.wire.write_string(COMMAND, 2, data);
+    }
+    fn identify(&self) -> Vec<u16> {
+        assert_eq!(
+            self.simple(command::IDENTIFY_DEVICE, 0, 0).bits(),
+            READY | 8
+        );
+        let data = self.data(512);
+        assert_eq!(self.status().bits(), READY);
+        data.chunks(2)
+            .map(|word| u16::from_le_bytes([word[0], word[1]]))
+            .collect()
+    }
+
+    fn bm_status(&self) -> Bm {
+        Bm::from_bits_retain(self.join.wire.read_u8(self.master + 2))
+    }
+    fn bm_command(&self, value: u8) {
+        self.join.wire.write_u8(self.master, value);
+    }
+    /// Writes a table of regions, and tells the bus master.
+    fn table(&self, regions: &[Region]) {
+        let entries: Vec<_> = regions
+            .iter()
+            .map(|&(addr, count, last)| Prd {
+                addr: U32::new(addr as u32),
+                byte_count: U16::new(count),
+                flags: U16::new(if last { Prd::END_OF_TABLE } else { 0 }),
+            })
+            .collect();
+        let memory = self.join.arena.snapshot();
+        memory.write(TABLE, entries.as_bytes()).unwrap();
+        self.join.wire.write_u32(self.master + 4, TABLE as u32);
+    }
+    fn memory(&self, addr: u64, bytes: usize) -> Vec<u8> {
+        let mut data = vec![0; bytes];
+        self.join.arena.snapshot().read(addr, &mut data).unwrap();
+        data
+    }
+    /// A DMA read of 8 sectors from sector 3 on, with the table that is there.
+    fn dma_read(&self) {
+        self.command(command::READ_DMA, 3, 8);
+        self.bm_command(0x09);
+    }
+    /// After whatever happened, the controller works.
+    fn assert_works(&mut self) {
+        self.disk.set(Gate::Open);
+        self.join.run();
+        self.bm_command(0);
+        self.control(Control::SRST);
+        self.control(Control::empty());
+        self.status();
+        self.join.wire.write_u8(self.master + 2, 0x06);
+        let before = self.interrupts();
+        self.table(&[(MEMORY, 4096, true)]);
+        self.dma_read();
+        assert_eq!(
+            self.bm_status() & !(Bm::DRIVE0_DMA | Bm::DRIVE1_DMA),
+            Bm::INTERRUPT
+        );
+        assert_eq!(self.status().bits(), READY);
+        self.bm_command(0);
+        assert_eq!(self.interrupts(), before + 1);
+        assert_eq!(self.memory(MEMORY, 4096), pattern(3, 4096));
+    }
+}
+
+#[test]
+fn a_reset_shows_the_signature_and_undoes_settings() {
+    let machine = new(64);
+    let signature = |machine: &Machine| {
+        let registers: Vec<_> = (1..=7).map(|register| machine.get(register)).collect();
+        assert_eq!(registers, [1, 1, 1, 0, 0, 0xa0, READY]);
+    };
+    signature(&machine);
+    assert_eq!(
+        machine.simple(command::SET_MULTIPLE_MODE, 0, 4).bits(),
+        READY
+    );
+    machine.command(0xff, 0x0123_4567, 77);
+    machine.control(Control::SRST);
+    assert_eq!(machine.alternate(), 0x80, "busy while the bit is set");
+    machine.set(2, 99);
+    machine.set(7, command::READ_SECTORS);
+    machine.control(Control::empty());
+    signature(&machine);
+    assert_eq!(
+        machine.identify()[59],
+        0x110,
+        "multiple mode is at its default"
+    );
+    let before = machine.interrupts();
+    machine.control(Control::SRST);
+    machine.control(Control::empty());
+    assert_eq!(machine.interrupts(), before, "a reset does not interrupt");
+}
+
+#[test]
+fn registers_remember_two_values() {
+    let machine = new(64);
+    for register in 2..=5 {
+        machine.set(register, 0x10 + register as u8);
+        machine.set(register, 0x20 + register as u8);
+    }
+    let read = || {
+        (2..=5)
+            .map(|register| machine.get(register))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(read(), [0x22, 0x23, 0x24, 0x25]);
+    machine.control(Control::HOB);
+    assert_eq!(read(), [0x12, 0x13, 0x14, 0x15]);
+    machine.set(1, 0);
+    assert_eq!(read(), [0x22, 0x23, 0x24, 0x25], "any write clears the bit");
+    machine.set(6, 0x4f);
+    assert_eq!(machine.get(6), 0xef);
+}
+
+#[test]
+fn intrq_is_a_level_and_each_rise_is_an_interrupt() {
+    let machine = new(64);
+    let nop = |machine: &Machine| machine.set(7, command::IDLE_IMMEDIATE);
+    let mut expected = machine.interrupts();
+    let mut check = |machine: &Machine, rises: u64, when: &str| {
+        expected += rises;
+        assert_eq!(machine.interrupts(), expected, "{when}");
+    };
+    machine.set(6, 0xe0);
+    nop(&machine);
+    check(&machine, 1, "a command ends");
+    for _ in 0..3 {
+        machine.alternate();
+    }
+    // The next command clears INTRQ, although nobody read the status.
+    nop(&machine);
+    check(&machine, 1, "the next one");
+    machine.control(Control::NIEN);
+    machine.control(Control::empty());
+    check(&machine, 1, "still pending when it is let through again");
+    machine.status();
+    machine.control(Control::NIEN);
+    machine.control(Control::empty());
+    check(&machine, 0, "acknowledged");
+    machine.control(Control::NIEN);
+    nop(&machine);
+    check(&machine, 0, "masked");
+    machine.status();
+    machine.control(Control::empty());
+    check(&machine, 0, "acknowledged while masked");
+    // The drive that is not selected does not drive the line.
+    nop(&machine);
+    check(&machine, 1, "pending");
+    machine.set(6, 0xf0);
+    assert_eq!(machine.status().bits(), 0, "drive 1 does not acknowledge");
+    machine.set(6, 0xe0);
+    check(&machine, 1, "drive 0 is selected again");
+    machine.control(Control::SRST);
+    machine.control(Control::empty());
+    check(&machine, 0, "cleared by a reset");
+    assert!(machine.bm_status().contains(Bm::INTERRUPT));
+    machine.join.wire.write_u8(machine.master + 2, 0x04);
+    assert!(!machine.bm_status().contains(Bm::INTERRUPT));
+}
+
+#[test]
+fn reads_without_multiple_interrupt_for_each_sector() {
+    let machine = new(64);
+    let before = machine.interrupts();
+    machine.command(command::READ_SECTORS, 5, 3);
+    for sector in 0..3 {
+        assert_eq!(machine.interrupts(), before + sector + 1);
+        assert_eq!(machine.status().bits(), READY | 8);
+        // By words, bytes and double words.
+        let mut data = machine.data(256);
+        for _ in 0..64 {
+            data.push(machine.get(0));
+        }
+        while data.len() < 512 {
+            data.extend(machine.join.wire.read_u32(COMMAND).to_le_bytes());
+        }
+        assert_eq!(data, pattern(5 + sector, 512));
+    }
+    assert_eq!(
+        machine.interrupts(),
+        before + 3,
+        "none after the last sector"
+    );
+    assert_eq!(machine.alternate(), READY);
+    assert_eq!(machine.data(4), [0xff; 4], "there is no more");
+    assert_eq!(machine.get(0), 0xff);
+}
+
+#[test]
+fn writes_without_multiple_interrupt_after_each_sector() {
+    let machine = new(64);
+    let before = machine.interrupts();
+    let data = pattern(900, 3 * 512);
+    machine.command(command::WRITE_SECTORS, 5, 3);
+    assert_eq!(machine.interrupts(), before, "not for the first sector");
+    for sector in 0..3 {
+        assert_eq!(machine.status().bits(), READY | 8);
+        assert_eq!(machine.get(0), 0xff, "reading what is to be written");
+        let data = &data[512 * sector..][..512];
+        machine.put(&data[..100]);
+        machine.join.wire.write_u32(
+            COMMAND,
+            u32::from_le_bytes(data[100..104].try_into().unwrap()),
+        );
+        for byte in &data[104..108] {
+            machine.set(0, *byte);
+        }
+        machine.put(&data[108..]);
+        assert_eq!(machine.interrupts(), before + sector as u64 + 1);
+    }
+    assert_eq!(machine.status().bits(), READY);
+    machine.put(&[0xee; 64]);
+    assert_eq!(machine.disk.disk.contents()[5 * 512..8 * 512], data[..]);
+    assert_eq!(
+        machine.disk.disk.contents()[8 * 512..9 * 512],
+        pattern(8, 512)[..]
+    );
+    assert_eq!(machine.disk.take_ops().len(), 3);
+}
+
+#[test]
+fn a_string_may_cross_blocks_and_the_end() {
+    let machine = new(64);
+    machine.command(command::READ_SECTORS, 5, 2);
+    let data = machine.data(2048);
+    assert_eq!(data[..1024], pattern(5, 1024));
+    assert_eq!(data[1024..], [0xff; 1024]);
+    assert_eq!(machine.status().bits(), READY);
+    machine.command(command::WRITE_SECTORS, 9, 2);
+    machine.put(&pattern(33, 2048));
+    assert_eq!(machine.status().bits(), READY);
+    assert_eq!(
+        machine.disk.disk.contents()[9 * 512..11 * 512],
+        pattern(33, 1024)[..]
+    );
+    assert_eq!(
+        machine.disk.disk.contents()[11 * 512..12 * 512],
+        pattern(11, 512)[..]
+    );
+    // In the middle of a word of 4 bytes, too.
+    machine.command(command::READ_SECTORS, 5, 1);
+    machine.data(510);
+    let word = machine.join.wire.read_u32(COMMAND).to_le_bytes();
+    assert_eq!(word[..2], pattern(5, 512)[510..]);
+    assert_eq!(word[2..], [0xff; 2]);
+}
+
+#[test]
+fn multiple_mode_moves_blocks_and_can_be_switched_off() {
+    let machine = new(256);
+    for count in [1, 2, 8, 128] {
+        assert_eq!(
+            machine.simple(command::SET_MULTIPLE_MODE, 0, count).bits(),
+            READY
+        );
+        assert_eq!(machine.identify()[59], 0x100 | u16::from(count));
+        let before = machine.interrupts();
+        machine.command(command::READ_MULTIPLE, 0, 200);
+        let blocks = 200usize.div_ceil(usize::from(count));
+        for block in 0..blocks {
+            assert_eq!(machine.status().bits(), READY | 8);
+            let first = block * usize::from(count);
+            let sectors = usize::from(count).min(200 - first);
+            assert_eq!(
+                machine.data(sectors * 512),
+                pattern(first as u64, sectors * 512)
+            );
+        }
+        assert_eq!(machine.interrupts() - before, blocks as u64);
+        assert_eq!(machine.status().bits(), READY);
+    }
+    for count in [3, 5, 129, 200, 255] {
+        let status = machine.simple(command::SET_MULTIPLE_MODE, 0, count);
+        assert_eq!(status.bits(), READY | 1);
+        assert_eq!(machine.error(), Error::ABRT);
+    }
+    assert_eq!(
+        machine.simple(command::SET_MULTIPLE_MODE, 0, 0).bits(),
+        READY
+    );
+    assert_eq!(machine.identify()[59], 0);
+    for code in [
+        command::READ_MULTIPLE,
+        command::WRITE_MULTIPLE,
+        command::READ_MULTIPLE_EXT,
+        command::WRITE_MULTIPLE_EXT,
+    ] {
+        machine.command(code, 0, 1);
+        assert_eq!(
+            (machine.status().bits(), machine.error()),
+            (READY | 1, Error::ABRT)
+        );
+    }
+}
+
+#[test]
+fn extended_commands_take_the_high_halves_first() {
+    let machine = new(600);
+    let long = |code, sector, count| {
+        let [high, low] = TaskFile::from_lba48(sector, count);
+        for file in [high, low] {
+            for (register, value) in [
+                (2, file.count),
+                (3, file.low),
+                (4, file.mid),
+                (5, file.high),
+            ] {
+                machine.set(register, value);
+            }
+        }
+        machine.set(6, 0x40);
+        machine.set(7, code);
+        machine.status().bits()
+    };
+    assert_eq!(long(command::READ_SECTORS_EXT, 300, 2), READY | 8);
+    assert_eq!(machine.data(1024), pattern(300, 1024));
+    assert_eq!(long(command::WRITE_SECTORS_EXT, 301, 1), READY | 8);
+    machine.put(&pattern(4, 512));
+    assert_eq!(long(command::READ_MULTIPLE_EXT, 301, 300 - 1), READY | 8);
+    let data = machine.data(299 * 512);
+    assert_eq!(data[..512], pattern(4, 512));
+    assert_eq!(data[512..], pattern(302, 298 * 512));
+    assert_eq!(long(command::READ_VERIFY_SECTORS_EXT, 0, 600), READY);
+    assert_eq!(long(command::READ_VERIFY_SECTORS_EXT, 0, 601), READY | 1);
+    assert_eq!(machine.error(), Error::IDNF);
+    assert_eq!(long(command::READ_SECTORS_EXT, 0, 65_536), READY | 1);
+    assert_eq!(long(command::READ_SECTORS_EXT, (1 << 48) - 1, 1), READY | 1);
+    assert_eq!(long(command::READ_NATIVE_MAX_ADDRESS_EXT, 0, 1), READY);
+    let low: Vec<_> = (3..=5).map(|register| machine.get(register)).collect();
+    machine.control(Control::HOB);
+    let high: Vec<_> = (3..=5).map(|register| machine.get(register)).collect();
+    assert_eq!((low, high), (vec![(599 & 0xff) as u8, 2, 0], vec![0, 0, 0]));
+}
+
+#[test]
+fn cylinders_heads_and_sectors_reach_sectors_too() {
+    let machine = new(4096);
+    let words = machine.identify();
+    assert_eq!((words[1], words[3], words[6]), (4, 16, 63));
+    let chs = |cylinder: u16, head: u8, sector: u8| {
+        let [low, high] = cylinder.to_le_bytes();
+        for (register, value) in [(2, 1), (3, sector), (4, low), (5, high), (6, 0xa0 | head)] {
+            machine.set(register, value);
+        }
+        machine.set(7, command::READ_SECTORS);
+        machine
+            .status()
+            .contains(Status::DRQ)
+            .then(|| machine.data(512))
+    };
+    assert_eq!(chs(3, 2, 63), Some(pattern((3 * 16 + 2) * 63 + 62, 512)));
+    assert_eq!(chs(4, 0, 1), None);
+    assert_eq!(machine.error(), Error::IDNF);
+    assert_eq!(chs(0, 0, 0), None);
+    // 8 heads, 32 sectors.
+    machine.set(2, 32);
+    machine.set(6, 0xa7);
+    machine.set(7, command::INITIALIZE_DEVICE_PARAMETERS);
+    assert_eq!(machine.status().bits(), READY);
+    assert_eq!(chs(15, 7, 32), Some(pattern(4095, 512)));
+    assert_eq!(chs(0, 8, 1), None);
+    let words = machine.identify();
+    assert_eq!(words[54..59], [16, 8, 32, 4096, 0]);
+    machine.set(2, 0);
+    machine.set(7, command::INITIALIZE_DEVICE_PARAMETERS);
+    assert_eq!(machine.status().bits(), READY | 1);
+}
+
+#[test]
+fn commands_that_move_nothing() {
+    let machine = new(64);
+    for code in [
+        command::RECALIBRATE,
+        command::STANDBY,
+        command::STANDBY_IMMEDIATE,
+        command::IDLE,
+        command::IDLE_IMMEDIATE,
+        command::SLEEP,
+        command::FLUSH_CACHE,
+        command::FLUSH_CACHE_EXT,
+    ] {
+        let before = machine.interrupts();
+        assert_eq!(machine.simple(code, 0, 0).bits(), READY, "{code:#x}");
+        assert_eq!(machine.interrupts(), before + 1);
+    }
+    assert_eq!(machine.disk.take_ops(), [(DiskOp::Flush, 0, 0); 2]);
+    assert_eq!(
+        machine.simple(command::CHECK_POWER_MODE, 0, 0).bits(),
+        READY
+    );
+    assert_eq!(machine.get(2), 0xff);
+    machine.command(command::READ_NATIVE_MAX_ADDRESS, 0, 9);
+    assert_eq!(machine.status().bits(), READY);
+    let registers: Vec<_> = (2..=6).map(|register| machine.get(register)).collect();
+    assert_eq!(registers, [9, 63, 0, 0, 0xe0]);
+    machine.command(command::READ_VERIFY_SECTORS, 60, 4);
+    assert_eq!(machine.status().bits(), READY);
+    machine.command(command::READ_VERIFY_SECTORS, 60, 5);
+    assert_eq!(
+        (machine.status().bits(), machine.error()),
+        (READY | 1, Error::IDNF)
+    );
+    assert_eq!(machine.disk.take_ops(), []);
+
+    // Both drives are meant, whichever is selected.
+    machine.set(6, 0xf0);
+    let before = machine.interrupts();
+    machine.set(7, command::EXECUTE_DEVICE_DIAGNOSTIC);
+    let registers: Vec<_> = (1..=7).map(|register| machine.get(register)).collect();
+    assert_eq!(registers, [1, 1, 1, 0, 0, 0xa0, READY]);
+    assert_eq!(machine.interrupts(), before + 1);
+}
+
+#[test]
+fn what_a_disk_does_not_know_is_aborted() {
+    let machine = new(64);
+    let known: Vec<u8> = vec![
+        0x10, 0x20, 0x24, 0x25, 0x27, 0x29, 0x30, 0x34, 0x35, 0x39, 0x40, 0x42, 0x90, 0x91, 0xc4,
+        0xc5, 0xc6, 0xc8, 0xca, 0xe0, 0xe1, 0xe2, 0xe3, 0xe5, 0xe6, 0xe7, 0xea, 0xec, 0xef, 0xf8,
+    ];
+    let mut errors = 0;
+    for code in 0..=255 {
+        if known.contains(&code) {
+            continue;
+        }
+        let before = machine.interrupts();
+        let status = machine.simple(code, 0, 1);
+        assert_eq!(
+            (status.bits(), machine.error()),
+            (READY | 1, Error::ABRT),
+            "{code:#x}"
+        );
+        assert_eq!(machine.interrupts(), before + 1, "{code:#x}");
+        errors += 1;
+    }
+    let counters = machine.join.counters(Which::Primary);
+    assert_eq!(counters.errors.get(), errors);
+    machine.simple(command::IDENTIFY_PACKET_DEVICE, 0, 9);
+    let registers: Vec<_> = (1..=7).map(|register| machine.get(register)).collect();
+    assert_eq!(registers, [4, 1, 1, 0, 0, 0xa0, READY | 1]);
+    for feature in [0x00, 0x01, 0x10, 0x99] {
+        assert_eq!(
+            machine.simple(command::SET_FEATURES, feature, 0).bits(),
+            READY | 1
+        );
+    }
+    // The next command that succeeds clears the error.
+    assert_eq!(machine.simple(command::IDLE, 0, 0).bits(), READY);
+    assert_eq!(machine.get(1), 0);
+}
+
+#[test]
+fn without_a_write_cache_writes_are_durable() {
+    let machine = new(64);
+    let write = |fua: bool| {
+        machine.command(command::WRITE_SECTORS, 1, 1);
+        machine.put(&[7; 512]);
+        assert_eq!(machine.disk.take_ops(), [(DiskOp::Write { fua }, 1, 512)]);
+        machine.table(&[(MEMORY, 512, true)]);
+        machine.command(command::WRITE_DMA, 2, 1);
+        machine.bm_command(1);
+        assert_eq!(machine.disk.take_ops(), [(DiskOp::Write { fua }, 2, 512)]);
+        machine.bm_command(0);
+    };
+    write(false);
+    let set = |feature| {
+        let status = machine.simple(command::SET_FEATURES, feature, 0);
+        assert_eq!(status.bits(), READY);
+    };
+    set(feature::DISABLE_WRITE_CACHE);
+    assert_eq!(machine.identify()[85] & 0x20, 0);
+    write(true);
+    set(feature::ENABLE_WRITE_CACHE);
+    assert_eq!(machine.identify()[85] & 0x20, 0x20);
+    write(false);
+    set(feature::DISABLE_WRITE_CACHE);
+    machine.control(Control::SRST);
+    machine.control(Control::empty());
+    write(false);
+}
+
+#[test]
+fn errors_say_where_they_were() {
+    let machine = new(64);
+    let at = |machine: &Machine| (3..=6).map(|r| machine.get(r)).collect::<Vec<_>>();
+    machine.simple(command::SET_MULTIPLE_MODE, 0, 2);
+    machine.command(command::READ_MULTIPLE, 10, 6);
+    machine.data(512);
+    machine.disk.set(Gate::Fail(DiskError::Host(5)));
+    machine.data(512);
+    assert_eq!(
+        (machine.status().bits(), machine.error()),
+        (READY | 1, Error::UNC)
+    );
+    assert_eq!(at(&machine), [12, 0, 0, 0xe0]);
+    machine.command(command::WRITE_MULTIPLE, 20, 4);
+    machine.put(&[1; 1024]);
+    assert_eq!(
+        (machine.status().bits(), machine.error()),
+        (READY | 1, Error::ABRT)
+    );
+    assert_eq!(at(&machine), [20, 0, 0, 0xe0]);
+    assert_eq!(machine.simple(command::FLUSH_CACHE, 0, 0).bits(), READY | 1);
+    // A command that reaches beyond the end moves nothing.
+    machine.disk.set(Gate::Open);
+    machine.disk.take_ops();
+    for code in [
+        command::READ_SECTORS,
+        command::WRITE_MULTIPLE,
+        command::READ_DMA,
+    ] {
+        machine.command(code, 63, 2);
+        assert_eq!(
+            (machine.status().bits(), machine.error()),
+            (READY | 1, Error::IDNF)
+        );
+    }
+    assert_eq!(machine.disk.take_ops(), []);
+}
+
+#[test]
+fn drive_1_and_absent_drives_are_silent() {
+    let machine = new(64);
+    machine.set(6, 0xf0);
+    let before = machine.interrupts();
+    for register in [1, 2, 3, 4, 5, 7] {
+        assert_eq!(machine.get(register), 0);
+    }
+    assert_eq!((machine.get(6), machine.alternate()), (0xf0, 0));
+    machine.set(7, command::IDENTIFY_DEVICE);
+    assert_eq!(machine.data(4), [0xff; 4]);
+    assert_eq!(machine.interrupts(), before);
+
+    // The secondary channel has no drive, and its ports are off.
+    let wire = &machine.join.wire;
+    let silent = || {
+        for port in (0x170..0x178).chain([0x376]) {
+            wire.write_u8(port, 0x55);
+            assert_eq!(wire.read_u8(port), 0xff, "{port:#x}");
+        }
+        wire.write_string(0x170, 2, &[1; 64]);
+        let mut data = [0; 64];
+        wire.read_string(0x170, 2, &mut data);
+        assert_eq!(data, [0xff; 64]);
+    };
+    let pci = machine.join.pci();
+    silent();
+    assert_eq!(
+        pci.read_u16(IDE, piix3::IDETIM_SECONDARY) & 0x8000,
+        0x8000,
+        "switched on"
+    );
+    pci.write_u16(IDE, piix3::IDETIM_SECONDARY, 0);
+    silent();
+    // Its bus-master registers are there all the same.
+    wire.write_u32(machine.master + 12, 0x1234_5677);
+    assert_eq!(wire.read_u32(machine.master + 12), 0x1234_5674);
+    wire.write_u8(machine.master + 8, 0x09);
+    assert_eq!(wire.read_u8(machine.master + 10), 0x01);
+    wire.write_u8(machine.master + 8, 0x08);
+    assert_eq!(wire.read_u8(machine.master + 10), 0x00);
+    assert_eq!(machine.join.interrupts[1].count(), 0);
+}
+
+#[test]
+fn ports_answer_only_while_they_are_decoded() {
+    let machine = new(64);
+    let pci = machine.join.pci();
+    for switch in 0..2 {
+        let (timing, command) = (pci.read_u16(IDE, piix3::IDETIM_PRIMARY), pci.command(IDE));
+        machine.set(2, 0x33);
+        if switch == 0 {
+            pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing & 0x7fff);
+        } else {
+            pci.write_u16(IDE, 4, (command - Command::IO).bits());
+        }
+        assert_eq!((machine.get(7), machine.alternate()), (0xff, 0xff));
+        machine.set(2, 0x44);
+        machine.control(Control::SRST);
+        machine.data(8);
+        pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing);
+        pci.write_u16(IDE, 4, command.bits());
+        assert_eq!((machine.get(7), machine.get(2)), (READY, 0x33));
+    }
+}
+
+#[test]
+fn wide_and_odd_accesses_to_registers_are_one_to_each() {
+    let machine = new(64);
+    let wire = &machine.join.wire;
+    wire.write_u16(0x1f2, 0x0302);
+    wire.write_u32(0x1f4, 0x4005_0604);
+    assert_eq!(wire.read_u32(0x1f2), 0x0604_0302);
+    assert_eq!(machine.get(6), 0xa5);
+    assert_eq!(wire.read_u32(0x1f6), 0xffff_51a5, "beyond the block");
+    assert_eq!(wire.read_u16(0x3f6), 0xff51);
+    let mut data = [0; 12];
+    wire.read_string(0x1f2, 3, &mut data);
+    assert_eq!(data, [2, 3, 4, 2, 3, 4, 2, 3, 4, 2, 3, 4]);
+    wire.write_string(0x1f2, 2, &[9, 8, 7, 6]);
+    assert_eq!(wire.read_u16(0x1f2), 0x0607);
+    for len in [0, 1, 3, 8, 16] {
+        wire.read(0x1f7, &mut data[..len.min(12)]);
+        wire.write(0x3f6, &data[..0]);
+    }
+    wire.write_u32(machine.master + 4, 0xffff_ffff);
+    assert_eq!(wire.read_u32(machine.master + 4), 0xffff_fffc);
+    wire.write_u8(machine.master + 5, 0x12);
+    assert_eq!(wire.read_u16(machine.master + 5), 0xff12);
+    // The command (the last of the four bytes above) has interrupted.
+    wire.write_u32(machine.master, 0xff60_ff08);
+    assert_eq!(wire.read_u32(machine.master), 0x0064_0008);
+    wire.write_u32(machine.master, 0xffff_ff08);
+    assert_eq!(wire.read_u32(machine.master), 0x0060_0008);
+}
+
+#[test]
+fn a_transfer_may_start_before_or_after_its_command() {
+    for command_first in [true, false] {
+        let mut machine = new(64);
+        machine.table(&[(MEMORY, 4096, true)]);
+        let before = machine.interrupts();
+        if command_first {
+            machine.command(command::READ_DMA, 3, 8);
+            assert_eq!(machine.alternate(), READY | 8, "it waits");
+            assert_eq!(machine.bm_status(), Bm::empty());
+            assert_eq!(machine.data(2), [0xff; 2], "no PIO data");
+            // A second command is ignored meanwhile.
+            machine.set(7, command::IDENTIFY_DEVICE);
+            assert_eq!(machine.alternate(), READY | 8);
+            machine.bm_command(0x09);
+        } else {
+            machine.bm_command(0x09);
+            assert_eq!(machine.bm_status(), Bm::ACTIVE);
+            machine.command(command::READ_DMA, 3, 8);
+        }
+        assert_eq!(machine.interrupts(), before + 1);
+        assert_eq!(machine.bm_status(), Bm::INTERRUPT, "done, and inactive");
+        assert_eq!(machine.status().bits(), READY);
+        assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096));
+        // Once started, it has to be stopped before it starts again.
+        machine.dma_read();
+        assert_eq!(machine.alternate(), READY | 8);
+        assert_eq!(machine.bm_status() & Bm::ACTIVE, Bm::empty());
+        machine.bm_command(0x08);
+        machine.bm_command(0x09);
+        assert_eq!(machine.status().bits(), READY);
+        machine.assert_works();
+    }
+}
+
+#[test]
+fn tables_of_every_kind() {
+    let far = MEMORY + 0x2_0000;
+    let ok = Some((READY, Bm::INTERRUPT));
+    let longer = Some((READY, Bm::INTERRUPT | Bm::ACTIVE));
+    let failed = Some((READY | 1, Bm::INTERRUPT | Bm::ERROR));
+    let cases: [(&str, Vec<Region>, _); 16] = [
+        ("exact", vec![(MEMORY, 4096, true)], ok),
+        (
+            "in pieces",
+            vec![(MEMORY, 4094, false), (MEMORY + 4094, 2, true)],
+            ok,
+        ),
+        ("longer", vec![(MEMORY, 4098, true)], longer),
+        (
+            "more entries",
+            vec![(MEMORY, 4096, false), (1, 2, true)],
+            longer,
+        ),
+        ("no end", vec![(MEMORY, 4096, false); 8], longer),
+        ("64 KiB", vec![(MEMORY, 0, true)], longer),
+        ("odd address", vec![(MEMORY + 1, 4096, true)], ok),
+        ("odd length", vec![(MEMORY, 4097, true)], ok),
+        ("length 1 is 64 KiB", vec![(MEMORY, 1, true)], longer),
+        ("short", vec![(MEMORY, 4094, true)], None),
+        (
+            "very short",
+            vec![(MEMORY, 2, true), (MEMORY, 4096, true)],
+            None,
+        ),
+        ("no RAM", vec![(0x1000, 4096, true)], failed),
+        (
+            "ends beyond RAM",
+            vec![(BASE + (16 << 20) - 4094, 4096, true)],
+            failed,
+        ),
+        (
+            "second no RAM",
+            vec![(MEMORY, 2048, false), (8, 2048, true)],
+            failed,
+        ),
+        (
+            "end of address space",
+            vec![(0xffff_fffe, 4096, true)],
+            failed,
+        ),
+        ("too many", vec![(MEMORY, 2, false); 2000], failed),
+    ];
+    for (name, table, expected) in cases {
+        let mut machine = new(64);
+        machine
+            .join
+            .arena
+            .snapshot()
+            .write(far, &[0x5a; 64])
+            .unwrap();
+        machine.table(&table);
+        let before = machine.interrupts();
+        machine.dma_read();
+        let done = u64::from(expected.is_some());
+        assert_eq!(machine.interrupts(), before + done, "{name}");
+        match expected {
+            Some((status, master)) => {
+                assert_eq!(machine.bm_status(), master, "{name}");
+                assert_eq!(machine.status().bits(), status, "{name}");
+                if status == READY {
+                    assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096), "{name}");
+                } else {
+                    assert_eq!(machine.error(), Error::ABRT, "{name}");
+                    assert_eq!(
+                        machine.memory(MEMORY, 4096),
+                        [0; 4096],
+                        "{name}: nothing moved"
+                    );
+                }
+            }
+            None => {
+                // Inactive without an interrupt: the drive waits for more.
+                assert_eq!(machine.bm_status(), Bm::empty(), "{name}");
+                assert_eq!(machine.status().bits(), READY | 8, "{name}");
+                machine.bm_command(0x08);
+                machine.table(&[(MEMORY, 4096, true)]);
+                machine.bm_command(0x09);
+                assert_eq!(machine.status().bits(), READY, "{name}: continued");
+                assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096), "{name}");
+            }
+        }
+        assert_eq!(machine.memory(far, 64), [0x5a; 64], "{name}");
+        machine.assert_works();
+    }
+}
+
+#[test]
+fn tables_that_are_not_in_memory() {
+    for addr in [
+        0,
+        0x1000,
+        0xffff_fffc,
+        (BASE + (16 << 20)) as u32,
+        (BASE + (16 << 20) - 4) as u32,
+    ] {
+        let mut machine = new(64);
+        machine.join.wire.write_u32(machine.master + 4, addr);
+        machine.dma_read();
+        assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ERROR, "{addr:#x}");
+        assert_eq!(machine.status().bits(), READY | 1, "{addr:#x}");
+        machine.assert_works();
+    }
+}
+
+#[test]
+fn as_many_regions_as_a_system_call_takes_and_no_more() {
+    for (regions, bytes) in [(1024u64, 4u16), (1025, 4)] {
+        let machine = new(64);
+        // 4,096 or 4,100 bytes in regions of 4.
+        let sectors = 8;
+        let mut table: Vec<_> = (0..regions)
+            .map(|i| (MEMORY + i * 4, bytes, false))
+            .collect();
+        if regions > 1024 {
+            // The first region has no more than a word, so one more is needed.
+            table[0].1 = 2;
+            table[1].1 = 2;
+        }
+        machine.table(&table);
+        machine.command(command::READ_DMA, 3, sectors);
+        machine.bm_command(0x09);
+        let expected = if regions > 1024 { READY | 1 } else { READY };
+        assert_eq!(machine.status().bits(), expected, "{regions}");
+    }
+}
+
+#[test]
+fn a_transfer_in_the_wrong_direction_fails() {
+    for (code, direction) in [(command::READ_DMA, 0x01), (command::WRITE_DMA, 0x09)] {
+        let mut machine = new(64);
+        machine.table(&[(MEMORY, 4096, true)]);
+        machine.command(code, 3, 8);
+        machine.bm_command(direction);
+        assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ERROR);
+        assert_eq!(
+            (machine.status().bits(), machine.error()),
+            (READY | 1, Error::ABRT)
+        );
+        assert_eq!(machine.memory(MEMORY, 4096), [0; 4096]);
+        assert_eq!(machine.disk.take_ops(), []);
+        machine.assert_works();
+    }
+}
+
+#[test]
+fn without_bus_mastering_no_memory_is_touched() {
+    let mut machine = new(64);
+    let pci = machine.join.pci();
+    let command = pci.command(IDE);
+    pci.write_u16(IDE, 4, (command - Command::BUS_MASTER).bits());
+    machine.table(&[(MEMORY, 4096, true)]);
+    machine.dma_read();
+    assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ERROR);
+    assert_eq!(machine.status().bits(), READY | 1);
+    assert_eq!(machine.memory(MEMORY, 4096), [0; 4096]);
+    pci.write_u16(IDE, 4, command.bits());
+    machine.assert_works();
+}
+
+#[test]
+fn stopping_in_mid_transfer_takes_effect_when_the_disk_is_done() {
+    for gate in [Gate::Open, Gate::FailLater(DiskError::Truncated)] {
+        let mut machine = new(64);
+        machine.table(&[(MEMORY, 4096, true)]);
+        machine.disk.set(Gate::Hold);
+        machine.dma_read();
+        assert_eq!(
+            (machine.alternate(), machine.bm_status()),
+            (0x80, Bm::ACTIVE)
+        );
+        machine.bm_command(0);
+        assert_eq!(
+            (machine.alternate(), machine.bm_status()),
+            (0x80, Bm::ACTIVE)
+        );
+        // Nor does starting again, or taking the rights away, change anything.
+        machine.bm_command(0x09);
+        machine.bm_command(0);
+        machine.join.wire.write_u32(machine.master + 4, 0);
+        let pci = machine.join.pci();
+        let command = pci.command(IDE);
+        pci.write_u16(IDE, 4, Command::IO.bits());
+        machine.set(7, command::IDENTIFY_DEVICE);
+        machine.set(2, 0x77);
+        assert_eq!(
+            (machine.alternate(), machine.bm_status()),
+            (0x80, Bm::ACTIVE)
+        );
+        machine.disk.set(gate);
+        let before = machine.interrupts();
+        assert_eq!(machine.join.run(), 1);
+        assert_eq!(machine.bm_status(), Bm::INTERRUPT);
+        assert_eq!(machine.interrupts(), before + 1);
+        if gate == Gate::Open {
+            assert_eq!(machine.status().bits(), READY);
+            assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096));
+        } else {
+            assert_eq!(machine.status().bits(), READY | 1);
+        }
+        pci.write_u16(IDE, 4, command.bits());
+        machine.assert_works();
+    }
+}
+
+#[test]
+fn a_reset_in_mid_transfer_keeps_the_drive_busy_until_the_disk_is_done() {
+    let reads = [
+        command::READ_DMA,
+        command::READ_SECTORS,
+        command::READ_MULTIPLE,
+    ];
+    for code in reads
+        .into_iter()
+        .chain([command::FLUSH_CACHE, command::WRITE_DMA])
+    {
+        for gate in [Gate::Open, Gate::FailLater(DiskError::Truncated)] {
+            let mut machine = new(64);
+            // What is written is what is there already.
+            let memory = machine.join.arena.snapshot();
+            memory.write(MEMORY, &pattern(3, 4096)).unwrap();
+            machine.table(&[(MEMORY, 4096, true)]);
+            machine.disk.set(Gate::Hold);
+            machine.command(code, 3, 8);
+            machine.bm_command(if code == command::WRITE_DMA { 1 } else { 9 });
+            assert_eq!(machine.alternate(), 0x80, "{code:#x}");
+            let before = machine.interrupts();
+            for _ in 0..3 {
+                machine.bm_command(0);
+                machine.control(Control::SRST);
+                assert_eq!(machine.alternate(), 0x80);
+                machine.control(Control::empty());
+                assert_eq!(machine.alternate(), 0x80, "{code:#x}: the disk has it");
+                machine.set(7, command::IDENTIFY_DEVICE);
+                machine.bm_command(9);
+            }
+            machine.bm_command(0);
+            machine.disk.set(gate);
+            assert_eq!(machine.join.run(), 1);
+            let registers: Vec<_> = (1..=7).map(|register| machine.get(register)).collect();
+            assert_eq!(registers, [1, 1, 1, 0, 0, 0xa0, READY], "{code:#x}");
+            assert_eq!(machine.bm_status() & Bm::ACTIVE, Bm::empty());
+            assert_eq!(machine.interrupts(), before, "{code:#x}");
+            machine.assert_works();
+        }
+    }
+}
+
+#[test]
+fn a_reset_forgets_what_the_disk_had_no_room_for() {
+    let mut machine = new(64);
+    machine.disk.set(Gate::Full);
+    machine.command(command::READ_SECTORS, 3, 8);
+    assert_eq!(machine.alternate(), 0x80);
+    machine.control(Control::SRST);
+    machine.control(Control::empty());
+    assert_eq!(machine.alternate(), READY);
+    machine.disk.set(Gate::Open);
+    assert_eq!(machine.join.run(), 0);
+    assert_eq!(machine.disk.take_ops(), []);
+    machine.assert_works();
+}
+
+#[test]
+fn a_reset_in_the_middle_of_a_pio_block() {
+    for code in [command::READ_SECTORS, command::WRITE_SECTORS] {
+        let mut machine = new(64);
+        machine.command(code, 3, 8);
+        machine.data(100);
+        machine.put(&[1; 100]);
+        machine.control(Control::SRST);
+        machine.control(Control::empty());
+        assert_eq!(machine.alternate(), READY);
+        assert_eq!(machine.data(2), [0xff; 2]);
+        machine.put(&[1; 512]);
+        assert!(
+            machine
+                .disk
+                .take_ops()
+                .iter()
+                .all(|(op, ..)| *op == DiskOp::Read)
+        );
+        machine.assert_works();
+    }
+}
+
+#[test]
+fn a_dma_write_comes_from_memory() {
+    let machine = new(64);
+    let data = pattern(777, 4096);
+    machine.join.arena.snapshot().write(MEMORY, &data).unwrap();
+    machine.table(&[(MEMORY, 1000, false), (MEMORY + 1000, 3096, true)]);
+    machine.command(command::WRITE_DMA, 3, 8);
+    machine.bm_command(0x01);
+    assert_eq!(machine.bm_status(), Bm::INTERRUPT);
+    assert_eq!(machine.status().bits(), READY);
+    assert_eq!(machine.disk.disk.contents()[3 * 512..11 * 512], data[..]);
+}
+
+#[test]
+fn identify_names_the_drive() {
+    let mut drive = DriveOptions::new(Arc::new(GateDisk::new(64)));
+    drive.model = "A model".to_owned();
+    drive.serial = "S/N 42".to_owned();
+    let join = IdeJoin::new([None, Some(drive)], 4096);
+    let wire = &join.wire;
+    wire.write_u8(0x176, 0xe0);
+    wire.write_u8(0x177, command::IDENTIFY_DEVICE);
+    let mut data = [0; 512];
+    wire.read_string(0x170, 4, &mut data);
+    let text = |words: std::ops::Range<usize>| {
+        let bytes = words.flat_map(|word| [data[2 * word + 1], data[2 * word]]);
+        String::from_utf8(bytes.collect()).unwrap()
+    };
+    assert_eq!(text(10..20).trim_end(), "S/N 42");
+    assert_eq!(text(27..47).trim_end(), "A model");
+    assert_eq!(join.interrupts[1].count(), 1);
+    assert_eq!(join.interrupts[0].count(), 0);
+}
