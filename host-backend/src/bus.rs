@@ -31,3 +31,21 @@ pub trait BusDevice: Send + fmt::Debug {
         }
     }
 }
+
+impl BusDevice for Box<dyn BusDevice> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        (**self).read(offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        (**self).write(offset, data);
+    }
+
+    fn read_string(&mut self, offset: u64, width: usize, data: &mut [u8]) {
+        (**self).read_string(offset, width, data);
+    }
+
+    fn write_string(&mut self, offset: u64, width: usize, data: &[u8]) {
+        (**self).write_string(offset, width, data);
+    }
+}

@@ -11,15 +11,18 @@ use alloc::vec::Vec;
 use core::fmt::Write;
 use core::ptr::NonNull;
 use pvkit_guest::dma::{DmaBufMut, LinearSpace};
+use pvkit_guest::emulated::ata::{self, Ata, AtaOptions, Mode, find_controller};
+use pvkit_guest::pci::{PciConfig, PortPool};
 use pvkit_guest::register::PortIo;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
 use pvkit_guest::virtio::transport::MmioTransport;
+use pvkit_protocol::emulated::ata::PRIMARY;
 use pvkit_protocol::virtio::Features;
 use pvkit_workload::report::{
     Header, JobReport, MAGIC, OUTCOME_FAILED, OUTCOME_OK, Sample, samples_offset,
 };
 use pvkit_workload::run::{Counts, Machine, Outcome, Target, run};
-use pvkit_workload::script::{Device, Job, MARK_PORT, Mark};
+use pvkit_workload::script::{Completion, Device, Job, MARK_PORT, Mark};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -149,7 +152,8 @@ impl Guest<'_> {
         }
         match device {
             Device::VirtioMmio => self.run_virtio(job, number, buffers, samples),
-            Device::IdeDma | Device::IdePio => Err("no IDE driver yet".to_string()),
+            Device::IdeDma => self.run_ide(job, number, Mode::Dma, buffers, samples),
+            Device::IdePio => self.run_ide(job, number, Mode::Pio, buffers, samples),
         }
     }
 
@@ -162,6 +166,54 @@ impl Guest<'_> {
             ports: self.ports,
             line,
         })
+    }
+
+    fn run_ide(
+        &self,
+        job: &Job,
+        number: u32,
+        mode: Mode,
+        mut buffers: Vec<PageBuf>,
+        samples: &mut [Sample],
+    ) -> Result<(Outcome, Features), String> {
+        let pci = PciConfig::new(self.ports.clone());
+        // Where QEMU's firmware leaves room, for a BAR that nobody assigned.
+        let mut free = PortPool::new(0xc000, 0xcfff);
+        let controller = find_controller(&pci, &mut free).map_err(|error| error.to_string())?;
+        let [primary, _] = controller.ok_or("no IDE controller")?;
+        let completion = match Completion::from_code(job.completion) {
+            Some(Completion::Interrupt) => ata::Completion::Interrupt,
+            _ => ata::Completion::Polled,
+        };
+        // SAFETY: memory is identity mapped, for devices too, and coherent.
+        let space = unsafe { LinearSpace::new(0) };
+        let options = AtaOptions {
+            mode,
+            completion,
+            ..AtaOptions::default()
+        };
+        // The line is routed first: a drive may interrupt as soon as it is
+        // used.
+        let mut machine = self.machine(u32::from(PRIMARY.irq))?;
+        let disk = Ata::open(self.ports.clone(), space, primary, options)
+            .map_err(|error| error.to_string())?;
+        let mut target = Ide(disk);
+        let outcome = run(
+            job,
+            number,
+            &mut target,
+            &mut machine,
+            &mut buffers,
+            samples,
+        );
+        target
+            .0
+            .close(&mut |_| {})
+            .map_err(|error| error.to_string())?;
+        Ok((
+            outcome.map_err(|error| error.to_string())?,
+            Features::empty(),
+        ))
     }
 
     fn run_virtio(
@@ -225,6 +277,21 @@ impl<B: DmaBufMut> Target<B> for Virtio<B> {
     }
     fn kicks(&self) -> u64 {
         self.queue.counters().kicks
+    }
+}
+
+struct Ide<B: DmaBufMut>(Ata<B, CountingPorts, LinearSpace>);
+
+impl<B: DmaBufMut> Target<B> for Ide<B> {
+    type Queue = Ata<B, CountingPorts, LinearSpace>;
+    fn queue(&mut self) -> &mut Self::Queue {
+        &mut self.0
+    }
+    /// The driver reads the drive's status when it completes a request, and
+    /// that acknowledges the interrupt.
+    fn acknowledge(&mut self) {}
+    fn kicks(&self) -> u64 {
+        0
     }
 }
 

@@ -6,6 +6,7 @@ use crate::plan::SPIN_US;
 use anyhow::{Context, Result, bail};
 use pvkit_host::bus::BusDevice;
 use pvkit_host::disk::FileDisk;
+use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
 use pvkit_host::virtio::block::{Block, BlockOptions};
 use pvkit_host::vmm::{
@@ -154,6 +155,7 @@ pub fn run(
         };
         vm.add_virtio_mmio(Box::new(device), threads)?;
     }
+    vm.add_ide([Some(DriveOptions::new(Arc::new(disk.clone()))), None])?;
     vm.load(image, "", Some(&script(tasks, settings)))?;
     lock(&port).threads = Some(vm.threads());
 

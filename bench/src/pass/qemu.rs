@@ -4,7 +4,6 @@ use super::{MEMORY_BYTES, Measurement, Progress, Settings, Task};
 use super::{patience, read_report, script};
 use anyhow::{Context, Result, bail, ensure};
 use pvkit_host::memory::GuestMemory;
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -136,7 +135,7 @@ pub fn run(
     let map = GuestMemoryMmap::<()>::from_ranges_with_files([(
         GuestAddress(0),
         MEMORY_BYTES as usize,
-        Some(FileOffset::new(File::open(ram.path())?, 0)),
+        Some(FileOffset::new(ram.reopen()?, 0)),
     )]);
     let memory = GuestMemory::new(Arc::new(map.context("the guest's memory")?))?;
     read_report(&memory, tasks).context("QEMU")

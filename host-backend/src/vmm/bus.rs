@@ -1,15 +1,25 @@
 //! Which device answers a port or an address.
 #![forbid(unsafe_code)]
 
-use super::lock;
 use crate::bus::BusDevice;
+use crate::pci::PciRoot;
+use crate::sync::lock;
 use std::sync::{Arc, Mutex};
 
-/// A port space or an address space.
+/// Which of the two spaces a bus is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Space {
+    Port,
+    Memory,
+}
+
+/// A port space or an address space: devices at fixed places first, then
+/// whatever the base address registers of PCI functions decode.
 #[derive(Debug)]
 pub(super) struct Bus {
-    name: &'static str,
+    space: Space,
     ranges: Vec<Range>,
+    pci: Option<Arc<PciRoot>>,
 }
 
 #[derive(Debug)]
@@ -27,10 +37,11 @@ pub(super) enum Access<'a> {
 }
 
 impl Bus {
-    pub(super) fn new(name: &'static str) -> Self {
+    pub(super) fn new(space: Space) -> Self {
         Self {
-            name,
+            space,
             ranges: Vec::new(),
+            pci: None,
         }
     }
 
@@ -42,6 +53,10 @@ impl Bus {
         });
     }
 
+    pub(super) fn set_pci(&mut self, root: Arc<PciRoot>) {
+        self.pci = Some(root);
+    }
+
     /// Performs an access. What nobody answers reads as all ones.
     pub(super) fn access(&self, at: u64, width: usize, access: Access<'_>) {
         let found = self.ranges.iter().find_map(|range| {
@@ -49,14 +64,7 @@ impl Bus {
             (offset < range.count).then_some((offset, &range.device))
         });
         let Some((offset, device)) = found else {
-            match access {
-                Access::Read(data) => {
-                    log::trace!("nobody answers a read of {} {at:#x}", self.name);
-                    data.fill(0xff);
-                }
-                Access::Write(_) => log::trace!("nobody takes a write of {} {at:#x}", self.name),
-            }
-            return;
+            return self.access_pci(at, width, access);
         };
         let mut device = lock(device);
         match access {
@@ -64,6 +72,40 @@ impl Bus {
             Access::Read(data) => device.read_string(offset, width, data),
             Access::Write(data) if data.len() == width => device.write(offset, data),
             Access::Write(data) => device.write_string(offset, width, data),
+        }
+    }
+
+    fn access_pci(&self, at: u64, width: usize, access: Access<'_>) {
+        // Ports have 16 bits.
+        let port = at as u16;
+        let taken = match (&self.pci, self.space, access) {
+            (Some(root), Space::Port, Access::Read(data)) if data.len() == width => {
+                data.fill(0xff);
+                root.io_read(port, data)
+            }
+            (Some(root), Space::Port, Access::Read(data)) => {
+                data.fill(0xff);
+                root.io_read_string(port, width, data)
+            }
+            (Some(root), Space::Port, Access::Write(data)) if data.len() == width => {
+                root.io_write(port, data)
+            }
+            (Some(root), Space::Port, Access::Write(data)) => {
+                root.io_write_string(port, width, data)
+            }
+            (Some(root), Space::Memory, Access::Read(data)) => {
+                data.fill(0xff);
+                root.mmio_read(at, data)
+            }
+            (Some(root), Space::Memory, Access::Write(data)) => root.mmio_write(at, data),
+            (None, _, Access::Read(data)) => {
+                data.fill(0xff);
+                false
+            }
+            (None, _, Access::Write(_)) => false,
+        };
+        if !taken {
+            log::trace!("nobody answers at {:?} {at:#x}", self.space);
         }
     }
 }
@@ -89,7 +131,7 @@ mod tests {
     fn accesses_find_their_device_and_strings_their_elements() {
         let one = Arc::new(Mutex::new(Recorder::default()));
         let two = Arc::new(Mutex::new(Recorder::default()));
-        let mut bus = Bus::new("port");
+        let mut bus = Bus::new(Space::Port);
         bus.add(0x10, 4, one.clone());
         bus.add(0x12, 8, two.clone());
         let mut data = [0; 4];

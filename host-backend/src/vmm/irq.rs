@@ -2,6 +2,7 @@
 
 use super::{VmError, call, host};
 use crate::event::EventFd;
+use crate::pci::IntxLines;
 use crate::worker::Signal;
 use kvm_ioctls::VmFd;
 use std::io;
@@ -28,6 +29,30 @@ impl Lines {
             .register_irqfd(&kvm, gsi)
             .map_err(call("register an interrupt"))?;
         Ok(Arc::new(event))
+    }
+}
+
+/// The four lines of PCI's pin interrupts, which are levels.
+#[derive(Debug)]
+pub(super) struct PciLines {
+    fd: Arc<VmFd>,
+    gsis: [u32; 4],
+}
+
+impl PciLines {
+    pub(super) fn new(fd: Arc<VmFd>, gsis: [u32; 4]) -> Self {
+        Self { fd, gsis }
+    }
+}
+
+impl IntxLines for PciLines {
+    fn set_line(&self, line: u8, asserted: bool) {
+        let Some(gsi) = self.gsis.get(usize::from(line)) else {
+            return;
+        };
+        if let Err(error) = self.fd.set_irq_line(*gsi, asserted) {
+            log::error!("KVM: interrupt line {gsi}: {error}");
+        }
     }
 }
 

@@ -24,21 +24,27 @@ pub use threads::{ThreadTime, kernel_worker_time, thread_time};
 pub use x86_64::LoadError;
 
 use crate::bus::BusDevice;
+use crate::emulated::ata::{DriveOptions, Ide, IdeError, IdeWorker, legacy_ports};
 use crate::emulated::serial::{self, SerialPort};
 use crate::event::EventFd;
-use crate::executor::{LaneThread, ThreadOptions, Threads};
+use crate::executor::{Executor, LaneThread, ThreadOptions, Threads};
 use crate::memory::GuestMemory;
-use crate::virtio::device::Device;
+use crate::pci::{AttachError, ConfigPorts, PciRoot, bridge};
+use crate::sync::lock;
+use crate::virtio::device::{Device, DeviceEvents};
+use crate::virtio::queue::Fault;
 use crate::virtio::transport::MmioTransport;
 use crate::worker::Signal;
-use bus::Bus;
-use irq::Lines;
+use bus::{Bus, Space};
+use irq::{Lines, PciLines};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use power::Power;
+use pvkit_protocol::emulated::ata;
 use pvkit_protocol::virtio::mmio;
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use thiserror::Error;
 use vcpu::{Vcpu, VcpuThread};
 use vm_memory::GuestMemoryMmap;
@@ -107,6 +113,12 @@ pub enum VmError {
         /// What the kernel says.
         source: io::Error,
     },
+    /// The IDE controller cannot be made.
+    #[error("IDE: {0}")]
+    Ide(#[from] IdeError),
+    /// A PCI function cannot be attached.
+    #[error("PCI: {0}")]
+    Pci(#[from] AttachError),
     /// [`Vm::run`] without [`Vm::load`].
     #[error("no image was loaded")]
     NotLoaded,
@@ -187,10 +199,6 @@ impl VmThreads {
     }
 }
 
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A virtual machine that is being put together.
 #[derive(Debug)]
 pub struct Vm {
@@ -209,6 +217,21 @@ pub struct Vm {
     threads: VmThreads,
     /// Doorbells that KVM takes: kept open as long as KVM may use them.
     doorbells: Vec<Arc<EventFd>>,
+    pci: Option<Arc<PciRoot>>,
+    /// Threads of devices that are not virtio's.
+    executors: Vec<Threads>,
+}
+
+/// The events of a worker that cannot break.
+#[derive(Debug)]
+struct NoEvents;
+
+impl DeviceEvents for NoEvents {
+    fn config_changed(&self) {}
+
+    fn needs_reset(&self, lane: u16, fault: Fault) {
+        log::error!("lane {lane}: {fault}");
+    }
 }
 
 impl Vm {
@@ -251,14 +274,16 @@ impl Vm {
             options,
             map,
             memory,
-            ports: Bus::new("port"),
-            mmio: Bus::new("address"),
+            ports: Bus::new(Space::Port),
+            mmio: Bus::new(Space::Memory),
             mmio_places: Vec::new(),
             exits: Arc::default(),
             power: power.clone(),
             entry: None,
             threads: VmThreads::default(),
             doorbells: Vec::new(),
+            pci: None,
+            executors: Vec::new(),
         };
         for (base, count, device) in power::devices(&power) {
             vm.add_ports(base, count, device);
@@ -363,6 +388,66 @@ impl Vm {
             .add(place.base, bytes, Arc::new(Mutex::new(transport)));
         self.mmio_places.push(place);
         Ok(place)
+    }
+
+    /// The PCI bus, with its host bridge and ISA bridge; made when it is first
+    /// asked for.
+    ///
+    /// # Errors
+    /// [`VmError::Pci`], which does not happen on a fresh bus.
+    pub fn pci(&mut self) -> Result<Arc<PciRoot>, VmError> {
+        if let Some(root) = &self.pci {
+            return Ok(root.clone());
+        }
+        let lines = Arc::new(PciLines::new(self.fd.clone(), layout::PCI_GSIS));
+        let root = Arc::new(PciRoot::new(lines));
+        bridge::attach(&root)?;
+        let config = ConfigPorts::new(root.clone());
+        self.add_ports(
+            ConfigPorts::BASE,
+            ConfigPorts::COUNT,
+            Arc::new(Mutex::new(config)),
+        );
+        self.ports.set_pci(root.clone());
+        self.mmio.set_pci(root.clone());
+        self.pci = Some(root.clone());
+        Ok(root)
+    }
+
+    /// Adds the IDE controller, with a drive on each channel for which there
+    /// is one. There can be one controller.
+    ///
+    /// # Errors
+    /// [`VmError`] if a disk cannot be a drive, there is a controller already,
+    /// or KVM or the host refuses.
+    pub fn add_ide(
+        &mut self,
+        drives: [Option<DriveOptions>; 2],
+    ) -> Result<Arc<Mutex<Ide>>, VmError> {
+        let irq = |ports: ata::ChannelPorts| u32::from(ports.irq);
+        let interrupts = [
+            self.lines.edge(irq(ata::PRIMARY))?,
+            self.lines.edge(irq(ata::SECONDARY))?,
+        ];
+        let ide = Ide::new(self.memory.clone(), drives, interrupts)?;
+        self.pci()?.attach(Ide::PLACE, ide.clone())?;
+        for ports in legacy_ports(&ide) {
+            self.add_ports(ports.base, ports.count, Arc::new(Mutex::new(ports.device)));
+        }
+        // Requests that a disk serves at once never get to the worker, so it
+        // need not spin for those that take long anyway.
+        let threads = ThreadOptions {
+            spin: Duration::ZERO,
+            ..ThreadOptions::default()
+        };
+        let mut executor = Threads::new("pvkit-ide", threads);
+        self.threads.lanes.push(executor.running());
+        let worker = IdeWorker::new(ide.clone()).map_err(host("an event counter"))?;
+        executor
+            .start(0, Box::new(worker), Arc::new(NoEvents))
+            .map_err(host("a thread for the disks"))?;
+        self.executors.push(executor);
+        Ok(ide)
     }
 
     /// Where the virtio-mmio devices are, in the order in which they were

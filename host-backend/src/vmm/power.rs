@@ -2,8 +2,8 @@
 //! place where everybody learns of it.
 #![forbid(unsafe_code)]
 
-use super::lock;
 use crate::bus::BusDevice;
+use crate::sync::lock;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Why a machine stopped.

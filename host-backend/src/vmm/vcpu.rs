@@ -2,7 +2,8 @@
 
 use super::bus::{Access, Bus};
 use super::x86_64::{self, layout};
-use super::{ExitCounters, Power, Stop, VmError, call, lock};
+use super::{ExitCounters, Power, Stop, VmError, call};
+use crate::sync::lock;
 use kvm_bindings::{
     CpuId, KVM_CAP_DISABLE_QUIRKS2, KVM_PIT_SPEAKER_DUMMY, KVM_X86_QUIRK_FIX_HYPERCALL_INSN,
     kvm_enable_cap, kvm_pit_config, kvm_run, kvm_userspace_memory_region,

@@ -28,9 +28,11 @@ pub(in crate::vmm) const HIGH_START: u64 = 0x10_0000;
 /// First virtio-mmio window.
 pub(in crate::vmm) const MMIO_BASE: u64 = 0xd000_0000;
 /// Pins of the I/O APIC for virtio-mmio devices, in order: those without an
-/// old device.
-pub(in crate::vmm) const MMIO_GSIS: [u32; 14] =
-    [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11];
+/// old device, and not used by PCI.
+pub(in crate::vmm) const MMIO_GSIS: [u32; 10] = [16, 17, 18, 19, 20, 21, 22, 23, 6, 9];
+/// Pins of the I/O APIC at which PCI's lines A to D end; a PIIX3 could route
+/// them so.
+pub(in crate::vmm) const PCI_GSIS: [u32; 4] = [5, 7, 10, 11];
 
 /// Three pages that KVM needs for itself on Intel, where nothing else is.
 pub(in crate::vmm) const TSS_ADDRESS: u64 = 0xfffb_d000;
