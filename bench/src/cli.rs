@@ -11,7 +11,7 @@ pub struct Cli {
     #[arg(long)]
     pub list: bool,
     /// Measure only rows whose name contains this; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub filter: Vec<String>,
     /// The short set of rows, in about a minute (this is the default).
     #[arg(long, conflicts_with = "full")]

@@ -35,17 +35,21 @@ pub struct Sum {
     rate: Option<f64>,
     /// Requests a second, by round.
     by_round: Vec<f64>,
+    /// Driver and device were in one process.
+    stepped: bool,
 }
 
 impl Sum {
-    /// Nothing measured yet.
+    /// Nothing measured yet. `tsc_khz` is `None` for the join, where times
+    /// mean nothing.
     ///
     /// # Errors
     /// If there is no memory for a histogram.
-    pub fn new(row: Row, tsc_khz: u32) -> Result<Self> {
+    pub fn new(row: Row, tsc_khz: Option<u32>) -> Result<Self> {
         Ok(Self {
             row,
-            tsc_khz,
+            stepped: tsc_khz.is_none(),
+            tsc_khz: tsc_khz.unwrap_or(0),
             rounds: 0,
             requests: 0,
             ticks: 0,
@@ -109,7 +113,7 @@ impl Sum {
         ticks as f64 / (f64::from(self.tsc_khz.max(1)) * 1000.0)
     }
 
-    /// Requests a second, if anything was measured.
+    /// Requests a second, if that was measured.
     #[must_use]
     pub fn iops(&self) -> Option<f64> {
         let seconds = self.seconds_of(self.ticks);
@@ -140,7 +144,10 @@ impl Sum {
     /// The figures of the row; `None` if nothing was measured.
     #[must_use]
     pub fn result(&self) -> Option<RowResult> {
-        let iops = self.iops()?;
+        if self.requests == 0 {
+            return None;
+        }
+        let iops = self.iops();
         let row = &self.row;
         let per_request = |count: u64| count as f64 / self.requests as f64;
         let exits = self.exits();
@@ -154,11 +161,15 @@ impl Sum {
             }
         });
         Some(RowResult {
-            name: row.to_string(),
+            name: if self.stepped {
+                row.to_string().replace("/pvkit", "/join")
+            } else {
+                row.to_string()
+            },
             case: row.case(),
             device: row.device.name(),
             driver: "pvkit-guest",
-            vmm: row.vmm.name(),
+            vmm: if self.stepped { "join" } else { row.vmm.name() },
             transport: row.device.transport(),
             ring: row.device.ring(),
             features: feature_names(row.device, self.features),
@@ -174,14 +185,18 @@ impl Sum {
             guest_spin_us: 0,
             iops,
             iops_by_round: self.by_round.clone(),
-            mib_per_s: iops * f64::from(row.block_bytes) / f64::from(1 << 20),
+            mib_per_s: iops.map(|iops| iops * f64::from(row.block_bytes) / f64::from(1 << 20)),
             p50_us: self.microseconds(0.5),
             p99_us: self.microseconds(0.99),
             p999_us: self.microseconds(0.999),
-            max_us: self.latency.max() as f64 / 1000.0,
+            max_us: (!self.latency.is_empty()).then(|| self.latency.max() as f64 / 1000.0),
             exits_per_request: per_request(exits.values().sum()),
             exits,
-            exits_counted_by: if self.host.is_some() { "host" } else { "guest" },
+            exits_counted_by: match self.host {
+                Some(_) => "host",
+                None if self.stepped => "driver",
+                None => "guest",
+            },
             kicks_per_request: per_request(self.kicks),
             interrupts_per_request: per_request(self.interrupts),
             halts_per_request: per_request(self.halts),
@@ -233,13 +248,13 @@ pub struct RowResult {
     pub samples: u64,
     pub spin_us: Option<u32>,
     pub guest_spin_us: u32,
-    pub iops: f64,
+    pub iops: Option<f64>,
     pub iops_by_round: Vec<f64>,
-    pub mib_per_s: f64,
+    pub mib_per_s: Option<f64>,
     pub p50_us: Option<f64>,
     pub p99_us: Option<f64>,
     pub p999_us: Option<f64>,
-    pub max_us: f64,
+    pub max_us: Option<f64>,
     pub exits: BTreeMap<&'static str, u64>,
     pub exits_counted_by: &'static str,
     pub exits_per_request: f64,
@@ -261,7 +276,7 @@ pub struct RowResult {
 pub struct Pair {
     pub a: String,
     pub b: String,
-    pub iops: f64,
+    pub iops: Option<f64>,
     pub p50: Option<f64>,
     pub p99: Option<f64>,
     pub exits_per_request: Option<f64>,
@@ -279,7 +294,7 @@ impl Pair {
         Self {
             a: a.name.clone(),
             b: b.name.clone(),
-            iops: a.iops / b.iops,
+            iops: both(a.iops, b.iops),
             p50: both(a.p50_us, b.p50_us),
             p99: both(a.p99_us, b.p99_us),
             exits_per_request: ratio(a.exits_per_request, b.exits_per_request),

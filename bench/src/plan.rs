@@ -1,6 +1,7 @@
 //! Which rows are measured in a run, and which of them are compared.
 
 use crate::cli::Cli;
+use crate::pass;
 use crate::row::{DeviceKind, Loop, Row, Vmm};
 use anyhow::{Result, bail};
 use pvkit_workload::script::{Access, Completion};
@@ -165,6 +166,16 @@ impl Plan {
             pairs: pairs(&rows),
             rows,
         })
+    }
+
+    /// The same without a virtual machine.
+    #[must_use]
+    pub fn for_join(self) -> Self {
+        let rows = pass::join::rows(&self.rows);
+        Self {
+            pairs: pairs(&rows),
+            rows,
+        }
     }
 
     /// The rows of one monitor, with their indices.

@@ -7,14 +7,15 @@ use crate::output::{json, table};
 use crate::pass::{self, Measurement, Settings, Task};
 use crate::plan::{Plan, base_row};
 use crate::row::{Loop, Vmm};
-use crate::test_file::TestFile;
+use crate::test_file::{self, TestFile};
 use crate::{image, pass::qemu};
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use pvkit_host::disk::{FileDisk, FileOptions};
+use pvkit_host::disk::{FileDisk, FileOptions, MemoryDisk};
 use pvkit_host::vmm;
 use pvkit_workload::pattern::Round;
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Runs the benchmark.
@@ -34,31 +35,129 @@ pub fn run(cli: &Cli) -> Result<()> {
         json::check(path)?;
     }
     let directory = cli.dir.clone().unwrap_or_else(std::env::temp_dir);
+    let started = Instant::now();
+    let missing = !Path::new("/dev/kvm").exists();
+    let outcome = if cli.join || missing {
+        let why = if missing {
+            "/dev/kvm is missing"
+        } else {
+            "--join was given"
+        };
+        writeln!(
+            out,
+            "{why}: driver and device run in one process, without a virtual machine. \
+             Counts only; times would mean nothing."
+        )?;
+        plan = plan.for_join();
+        in_join(cli, &plan, &directory)?
+    } else {
+        in_machines(cli, &mut plan, &directory, &mut out)?
+    };
+    let Outcome {
+        machine,
+        sums,
+        written,
+        skipped,
+    } = outcome;
+
+    let results: Vec<RowResult> = sums.iter().filter_map(Sum::result).collect();
+    let pairs = compare(&plan, &sums);
+    writeln!(out, "\n{}", table::results(&results))?;
+    if !pairs.is_empty() {
+        writeln!(out, "\n{}", table::pairs(&pairs))?;
+    }
+    let verified: u64 = results.iter().map(|row| row.verified_bytes).sum();
+    write!(
+        out,
+        "\nData verified: {:.1} MiB by the guest",
+        verified as f64 / f64::from(1 << 20)
+    )?;
+    if let Some(sectors) = written {
+        write!(out, ", {sectors} written sectors by the host")?;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    writeln!(out, "; none wrong. {} rounds, {seconds:.0} s.", cli.rounds)?;
+    for note in &skipped {
+        writeln!(out, "skipped: {note}")?;
+    }
+    if let Some(path) = &cli.json {
+        let document = json::Document {
+            schema: json::SCHEMA,
+            machine: &machine,
+            results: &results,
+            pairs: &pairs,
+            skipped: &skipped,
+        };
+        json::write(path, &document)?;
+    }
+    Ok(())
+}
+
+/// What a run brought.
+struct Outcome {
+    machine: Machine,
+    sums: Vec<Sum>,
+    /// Sectors of the test file that were written, and are right.
+    written: Option<u64>,
+    skipped: Vec<String>,
+}
+
+fn in_join(cli: &Cli, plan: &Plan, directory: &Path) -> Result<Outcome> {
+    let disk = MemoryDisk::from_bytes(test_file::content());
+    let bar = progress_bar(plan, cli.rounds);
+    let mut sums = plan
+        .rows
+        .iter()
+        .map(|row| Sum::new(*row, None))
+        .collect::<Result<Vec<_>>>()?;
+    for round in 0..cli.rounds {
+        let tasks = tasks(plan, Vmm::Pvkit, round, None);
+        let before = bar.position();
+        let progress = |done: usize| bar.set_position(before + done as u64);
+        for measurement in pass::join::run(&disk, &tasks, &progress)? {
+            add(&mut sums, &measurement, None);
+        }
+    }
+    bar.finish_and_clear();
+    let machine = Machine::look(directory, 0);
+    Ok(Outcome {
+        machine,
+        sums,
+        written: None,
+        skipped: Vec::new(),
+    })
+}
+
+fn in_machines(
+    cli: &Cli,
+    plan: &mut Plan,
+    directory: &Path,
+    out: &mut dyn Write,
+) -> Result<Outcome> {
     let tsc_khz = vmm::tsc_khz()?;
-    let mut machine = Machine::look(&directory, tsc_khz);
+    let mut machine = Machine::look(directory, tsc_khz);
     let mut skipped = Vec::new();
-    let qemu = find_qemu(cli, &mut plan, machine.software_kvm, &mut skipped);
+    let qemu = find_qemu(cli, plan, machine.software_kvm, &mut skipped);
     machine.qemu = qemu.as_ref().map(|qemu| qemu.version.clone());
     writeln!(out, "{}", machine.describe())?;
 
-    let started = Instant::now();
-    let file = TestFile::new(&directory)?;
+    let file = TestFile::new(directory)?;
     let image = image::write().context("the guest image")?;
     let settings = Settings {
         tsc_khz,
         duration: Duration::from_millis(cli.duration_ms),
     };
-    let bar = progress_bar(&plan, cli.rounds);
+    let bar = progress_bar(plan, cli.rounds);
     let mut sums = plan
         .rows
         .iter()
-        .map(|row| Sum::new(*row, tsc_khz))
+        .map(|row| Sum::new(*row, Some(tsc_khz)))
         .collect::<Result<Vec<_>>>()?;
     let mut last_round = 0;
     for round in 0..cli.rounds {
         for vmm in [Vmm::Pvkit, Vmm::Qemu] {
-            let rate = half_rate(&plan, &sums);
-            let tasks = tasks(&plan, vmm, round, rate);
+            let rate = half_rate(plan, &sums);
+            let tasks = tasks(plan, vmm, round, rate);
             if tasks.is_empty() {
                 continue;
             }
@@ -86,37 +185,13 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    let sectors = file.verify(Round(last_round))?;
-
-    let results: Vec<RowResult> = sums.iter().filter_map(Sum::result).collect();
-    let pairs = compare(&plan, &sums);
-    writeln!(out, "\n{}", table::results(&results))?;
-    if !pairs.is_empty() {
-        writeln!(out, "\n{}", table::pairs(&pairs))?;
-    }
-    let verified: u64 = results.iter().map(|row| row.verified_bytes).sum();
-    writeln!(
-        out,
-        "\nData verified: {:.1} MiB by the guest, {sectors} written sectors by the host; \
-         none wrong. {} rounds, {:.0} s.",
-        verified as f64 / f64::from(1 << 20),
-        cli.rounds,
-        started.elapsed().as_secs_f64()
-    )?;
-    for note in &skipped {
-        writeln!(out, "skipped: {note}")?;
-    }
-    if let Some(path) = &cli.json {
-        let document = json::Document {
-            schema: json::SCHEMA,
-            machine: &machine,
-            results: &results,
-            pairs: &pairs,
-            skipped: &skipped,
-        };
-        json::write(path, &document)?;
-    }
-    Ok(())
+    let written = Some(file.verify(Round(last_round))?);
+    Ok(Outcome {
+        machine,
+        sums,
+        written,
+        skipped,
+    })
 }
 
 /// Looks for QEMU if a row wants it; without it, its rows are left out.

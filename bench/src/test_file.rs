@@ -17,6 +17,17 @@ pub const WRITE_SECTOR: u64 = HALF_SECTORS;
 
 const CHUNK: usize = 1 << 20;
 
+/// What is on the disk at the start.
+#[must_use]
+pub fn content() -> Vec<u8> {
+    let mut content = vec![0; 2 * HALF_SECTORS as usize * SECTOR_BYTES];
+    for (number, chunk) in content.chunks_exact_mut(CHUNK).enumerate() {
+        let first = (number * CHUNK / SECTOR_BYTES) as u64;
+        pattern::fill(chunk, first, FIRST, number as u32);
+    }
+    content
+}
+
 /// The file; it is removed when the value is dropped.
 #[derive(Debug)]
 pub struct TestFile(NamedTempFile);
@@ -31,12 +42,7 @@ impl TestFile {
         let context = || format!("a test file of 128 MiB in {}", directory.display());
         let mut file =
             NamedTempFile::with_prefix_in("pvkit-bench-", directory).with_context(context)?;
-        let mut chunk = vec![0; CHUNK];
-        let sectors_each = (CHUNK / SECTOR_BYTES) as u64;
-        for number in 0..2 * HALF_SECTORS / sectors_each {
-            pattern::fill(&mut chunk, number * sectors_each, FIRST, number as u32);
-            file.write_all(&chunk).with_context(context)?;
-        }
+        file.write_all(&content()).with_context(context)?;
         file.as_file().sync_all().with_context(context)?;
         Ok(Self(file))
     }

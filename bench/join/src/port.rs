@@ -80,6 +80,12 @@ impl PortWire {
         std::mem::take(&mut *lock(&self.bus.accesses))
     }
 
+    /// What passed the wire since accesses were last taken.
+    #[must_use]
+    pub fn all_accesses(&self) -> BTreeMap<Access, u64> {
+        lock(&self.bus.accesses).clone()
+    }
+
     /// How many accesses there were since they were last taken.
     #[must_use]
     pub fn accesses(&self) -> u64 {

@@ -43,11 +43,22 @@ impl Wire {
         self.counters.kicks.load(Ordering::Relaxed)
     }
 
+    /// Reads.
+    #[must_use]
+    pub fn reads(&self) -> u64 {
+        self.counters.reads.load(Ordering::Relaxed)
+    }
+
+    /// Writes, doorbells not included.
+    #[must_use]
+    pub fn writes(&self) -> u64 {
+        self.counters.writes.load(Ordering::Relaxed)
+    }
+
     /// All accesses but doorbells: in a virtual machine, each leaves the guest.
     #[must_use]
     pub fn accesses(&self) -> u64 {
-        let counters = &self.counters;
-        counters.reads.load(Ordering::Relaxed) + counters.writes.load(Ordering::Relaxed)
+        self.reads() + self.writes()
     }
 
     fn read<const N: usize>(&self, offset: usize) -> [u8; N] {

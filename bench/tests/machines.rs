@@ -1,0 +1,183 @@
+//! The guest image on real monitors: what a request costs where the count is
+//! exact, and that wrong data fails the run.
+
+use pvkit_bench::pass::{self, Measurement, Settings, Task};
+use pvkit_bench::plan::base_row;
+use pvkit_bench::row::{DeviceKind, Row};
+use pvkit_bench::test_file::TestFile;
+use pvkit_bench::{image, machine::Machine};
+use pvkit_host::disk::{FileDisk, FileOptions};
+use pvkit_host::vmm;
+use pvkit_workload::script::{Access, Completion};
+use std::io::{Seek, SeekFrom, Write};
+use std::time::Duration;
+
+fn skipped(why: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
+}
+
+fn settings(tsc_khz: u32) -> Settings {
+    Settings {
+        tsc_khz,
+        duration: Duration::from_millis(30),
+    }
+}
+
+fn tasks(rows: &[Row]) -> Vec<Task> {
+    (1..)
+        .zip(rows)
+        .map(|(round, row)| Task {
+            index: round as usize - 1,
+            row: *row,
+            round,
+            rate: None,
+        })
+        .collect()
+}
+
+fn row(device: DeviceKind, access: Access, completion: Completion) -> Row {
+    let spin_us = (device == DeviceKind::VirtioBlk).then_some(50);
+    let depth = device.max_depth().min(16);
+    Row {
+        device,
+        access,
+        completion,
+        spin_us,
+        depth,
+        ..base_row()
+    }
+}
+
+const DEVICES: [DeviceKind; 3] = [
+    DeviceKind::VirtioBlk,
+    DeviceKind::IdeDma,
+    DeviceKind::IdePio,
+];
+
+#[test]
+fn every_device_works_in_our_monitor_and_ide_costs_what_it_must() {
+    let Ok(tsc_khz) = vmm::tsc_khz() else {
+        return skipped("/dev/kvm cannot be opened");
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let file = TestFile::new(directory.path()).unwrap();
+    let image = image::write().unwrap();
+    let mut rows = Vec::new();
+    for device in DEVICES {
+        for completion in [Completion::Polled, Completion::Interrupt] {
+            rows.push(row(device, Access::RandomRead, completion));
+        }
+        rows.push(row(device, Access::RandomWrite, Completion::Polled));
+    }
+    let tasks = tasks(&rows);
+    let disk = FileDisk::open(file.path(), FileOptions::default()).unwrap();
+    let measurements =
+        pass::kvm::run(image.path(), &disk, &tasks, &settings(tsc_khz), &|_| {}).unwrap();
+    drop(disk);
+    for Measurement {
+        index,
+        report,
+        host,
+        ..
+    } in &measurements
+    {
+        let row = rows[*index];
+        let requests = report.requests.get();
+        assert!(requests > 0 && report.verified_bytes.get() > 0, "{row}");
+        let host = host.expect("both marks came");
+        let exits = host.exits.total() - host.exits.interrupted;
+        let most = match row.device {
+            DeviceKind::VirtioBlk => continue,
+            DeviceKind::IdeDma => 12,
+            DeviceKind::IdePio if row.access.is_write() => continue,
+            DeviceKind::IdePio => 14,
+        };
+        assert!(
+            exits <= most * requests,
+            "{row}: {exits} exits for {requests} requests"
+        );
+        // What the guest counts is what leaves it.
+        let accesses = report.port_reads.get() + report.port_writes.get();
+        assert_eq!(exits, accesses, "{row}");
+    }
+    assert!(
+        file.verify(pvkit_workload::pattern::Round(rows.len() as u32))
+            .unwrap()
+            > 0
+    );
+}
+
+#[test]
+fn the_same_image_works_in_qemu() {
+    let Ok(tsc_khz) = vmm::tsc_khz() else {
+        return skipped("/dev/kvm cannot be opened");
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let software_kvm = Machine::look(directory.path(), tsc_khz).software_kvm;
+    let qemu = match pass::qemu::find(software_kvm) {
+        Ok(qemu) => qemu,
+        Err(error) => return skipped(&format!("{error:#}")),
+    };
+    let file = TestFile::new(directory.path()).unwrap();
+    let image = image::write().unwrap();
+    let rows = [
+        row(DeviceKind::IdeDma, Access::RandomRead, Completion::Polled),
+        row(
+            DeviceKind::IdeDma,
+            Access::RandomWrite,
+            Completion::Interrupt,
+        ),
+        row(
+            DeviceKind::IdePio,
+            Access::RandomRead,
+            Completion::Interrupt,
+        ),
+    ];
+    let measurements = pass::qemu::run(
+        &qemu,
+        image.path(),
+        file.path(),
+        &tasks(&rows),
+        &settings(tsc_khz),
+        &|_| {},
+    )
+    .unwrap();
+    for Measurement { index, report, .. } in &measurements {
+        assert!(
+            report.requests.get() > 0 && report.verified_bytes.get() > 0,
+            "{}",
+            rows[*index]
+        );
+    }
+    file.verify(pvkit_workload::pattern::Round(rows.len() as u32))
+        .unwrap();
+}
+
+#[test]
+fn one_wrong_sector_fails_the_run() {
+    let Ok(tsc_khz) = vmm::tsc_khz() else {
+        return skipped("/dev/kvm cannot be opened");
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let file = TestFile::new(directory.path()).unwrap();
+    let image = image::write().unwrap();
+    // Sequential reads start at the first sector, and so does this damage.
+    let mut handle = std::fs::File::options()
+        .write(true)
+        .open(file.path())
+        .unwrap();
+    handle.seek(SeekFrom::Start(200)).unwrap();
+    handle.write_all(b"damage").unwrap();
+    for device in DEVICES {
+        let rows = [row(device, Access::SequentialRead, Completion::Polled)];
+        let disk = FileDisk::open(file.path(), FileOptions::default()).unwrap();
+        let settings = settings(tsc_khz);
+        let error = pass::kvm::run(image.path(), &disk, &tasks(&rows), &settings, &|_| {});
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(
+            error.contains("sector 0, byte 200") && error.contains(device.name()),
+            "{error}"
+        );
+    }
+    assert!(file.verify(pvkit_workload::pattern::FIRST).is_err());
+}
