@@ -14,6 +14,7 @@ use pvkit_protocol::emulated::ata::{
 };
 use pvkit_protocol::pci::{Bdf, Command};
 use std::sync::Arc;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
 
@@ -117,6 +118,9 @@ impl Machine {
     }
     /// Writes a table of regions, and tells the bus master.
     fn table(&self, regions: &[Region]) {
+        self.table_at(TABLE, regions);
+    }
+    fn table_at(&self, addr: u64, regions: &[Region]) {
         let entries: Vec<_> = regions
             .iter()
             .map(|&(addr, count, last)| Prd {
@@ -125,9 +129,9 @@ impl Machine {
                 flags: U16::new(if last { Prd::END_OF_TABLE } else { 0 }),
             })
             .collect();
-        let memory = self.join.arena.snapshot();
-        memory.write(TABLE, entries.as_bytes()).unwrap();
-        self.join.wire.write_u32(self.master + 4, TABLE as u32);
+        let memory = self.join.arena.guest_memory().snapshot();
+        memory.write(addr, entries.as_bytes()).unwrap();
+        self.join.wire.write_u32(self.master + 4, addr as u32);
     }
     fn memory(&self, addr: u64, bytes: usize) -> Vec<u8> {
         let mut data = vec![0; bytes];
@@ -251,7 +255,10 @@ fn intrq_is_a_level_and_each_rise_is_an_interrupt() {
     assert_eq!(machine.status().bits(), 0, "drive 1 does not acknowledge");
     machine.set(6, 0xe0);
     check(&machine, 1, "drive 0 is selected again");
-    machine.control(Control::SRST);
+    machine.status();
+    machine.control(Control::NIEN);
+    nop(&machine);
+    machine.control(Control::NIEN | Control::SRST);
     machine.control(Control::empty());
     check(&machine, 0, "cleared by a reset");
     assert!(machine.bm_status().contains(Bm::INTERRUPT));
@@ -601,7 +608,36 @@ fn errors_say_where_they_were() {
         (READY | 1, Error::ABRT)
     );
     assert_eq!(at(&machine), [20, 0, 0, 0xe0]);
-    assert_eq!(machine.simple(command::FLUSH_CACHE, 0, 0).bits(), READY | 1);
+    for register in 2..6 {
+        machine.set(register, 0x30 + register as u8);
+    }
+    machine.set(7, command::FLUSH_CACHE);
+    assert_eq!(
+        (machine.status().bits(), machine.error()),
+        (READY | 1, Error::ABRT)
+    );
+    assert_eq!(
+        at(&machine),
+        [0x33, 0x34, 0x35, 0xe0],
+        "a flush has no place"
+    );
+    let beyond = DiskError::OutOfRange {
+        sector: 0,
+        bytes: 512,
+        sectors: 0,
+    };
+    machine.disk.set(Gate::Fail(beyond));
+    machine.command(command::READ_SECTORS, 10, 1);
+    assert_eq!(
+        (machine.status().bits(), machine.error()),
+        (READY | 1, Error::IDNF)
+    );
+    // The bus master stays active when the drive gives up.
+    machine.table(&[(MEMORY, 4096, true)]);
+    machine.dma_read();
+    assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ACTIVE);
+    machine.bm_command(0);
+    assert_eq!(machine.bm_status(), Bm::INTERRUPT);
     // A command that reaches beyond the end moves nothing.
     machine.disk.set(Gate::Open);
     machine.disk.take_ops();
@@ -661,6 +697,49 @@ fn drive_1_and_absent_drives_are_silent() {
     wire.write_u8(machine.master + 8, 0x08);
     assert_eq!(wire.read_u8(machine.master + 10), 0x00);
     assert_eq!(machine.join.interrupts[1].count(), 0);
+}
+
+#[test]
+fn a_transfer_waits_while_drive_1_is_selected() {
+    let machine = new(64);
+    machine.command(command::READ_SECTORS, 5, 1);
+    let first = machine.data(100);
+    machine.set(6, 0xf0);
+    assert_eq!(machine.data(100), [0xff; 100]);
+    machine.set(6, 0xe0);
+    let rest = machine.data(412);
+    assert_eq!([first, rest].concat(), pattern(5, 512));
+    machine.command(command::WRITE_SECTORS, 5, 1);
+    machine.put(&[1; 100]);
+    machine.set(6, 0xf0);
+    machine.put(&[2; 512]);
+    machine.set(6, 0xe0);
+    machine.put(&[3; 412]);
+    assert_eq!(machine.status().bits(), READY);
+    let expected = [&[1; 100][..], &[3; 412]].concat();
+    assert_eq!(machine.disk.disk.contents()[5 * 512..6 * 512], expected[..]);
+}
+
+#[test]
+fn memory_that_was_added_is_reached_and_what_was_removed_is_not() {
+    let machine = new(64);
+    let map = |base| {
+        let range = (GuestAddress(base), 1 << 20);
+        Arc::new(GuestMemoryMmap::<()>::from_ranges(&[range]).unwrap())
+    };
+    let memory = machine.join.arena.guest_memory();
+    memory.replace(map(0x1000)).unwrap();
+    machine.table_at(0x2000, &[(0x8000, 4096, true)]);
+    machine.dma_read();
+    assert_eq!(machine.status().bits(), READY);
+    let mut data = vec![0; 4096];
+    memory.snapshot().read(0x8000, &mut data).unwrap();
+    assert_eq!(data, pattern(3, 4096));
+    memory.replace(map(BASE)).unwrap();
+    machine.bm_command(0);
+    machine.dma_read();
+    assert_eq!(machine.status().bits(), READY | 1);
+    assert!(machine.bm_status().contains(Bm::ERROR));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Reason};
 use pvkit_guest::dma::{DmaError, Segment};
 use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Completion, Drive, Mode};
 use pvkit_guest::fault::Fault;
+use pvkit_guest::register::PortIo;
 use pvkit_guest::storage::Storage;
 use pvkit_host::disk::{DiskError, DiskOp, MemoryDisk};
 use pvkit_host::emulated::ata::{DriveOptions, Ide, IdeError, IdeWorker, Which};
@@ -17,8 +18,10 @@ use pvkit_host::executor::{Executor, ThreadOptions, Threads};
 use pvkit_host::memory::GuestMemory;
 use pvkit_host::virtio::device::DeviceEvents;
 use pvkit_host::worker::{Progress, SignalCounter, Worker};
-use pvkit_join::arena::Arena;
+use pvkit_join::arena::{Arena, BASE};
 use pvkit_join::ide::IdeJoin;
+use pvkit_protocol::emulated::ata::Prd;
+use pvkit_protocol::pci::{Command, header};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -165,6 +168,26 @@ fn odd_pieces_still_move_in_strings() {
     assert_eq!(pair.join.wire.accesses(), 6 + 1 + 2 + 1 + 2);
 }
 
+/// The table that the bus master was told about is one that chips take.
+fn assert_table(join: &IdeJoin, bytes: usize) {
+    let [primary, _] = join.channels();
+    let mut at = u64::from(join.wire.read_u32(primary.bus_master.unwrap() + 4));
+    let first = at;
+    let mut left = bytes as u64;
+    loop {
+        let entry: Prd = join.arena.snapshot().read_value(at).unwrap();
+        at += 8;
+        let (addr, len) = (u64::from(entry.addr.get()), u64::from(entry.len()));
+        assert_eq!(addr >> 16, (addr + len - 1) >> 16, "crosses 64 KiB");
+        left -= len;
+        assert_eq!(entry.is_last(), left == 0);
+        if left == 0 {
+            break;
+        }
+    }
+    assert_eq!(first >> 16, (at - 1) >> 16, "the table crosses 64 KiB");
+}
+
 #[test]
 fn dma_takes_even_pieces_and_splits_them_where_it_must() {
     // Pieces of up to 70,000 bytes: each crosses 64 KiB boundaries.
@@ -184,6 +207,7 @@ fn dma_takes_even_pieces_and_splits_them_where_it_must() {
             (BlockOp::Write { sector: 1000 }, 511 << 10),
         ] {
             ata.submit(op, Some(pattern(7, bytes)), 0).unwrap();
+            assert_table(&join, bytes);
             ata.publish();
             let done = ata.complete().unwrap().unwrap();
             done.result.unwrap();
@@ -238,6 +262,9 @@ fn dma_refuses_what_the_bus_master_cannot_do_with_the_buffer() {
     );
     let many = refuse(space.clone().with_segments_of(512), 7, vec![7; 4096]);
     assert_eq!(many, Reason::Dma(DmaError::TooManySegments { max: 7 }));
+    // More than fit a table of 64 KiB.
+    let many = refuse(space.clone().with_segments_of(2), 9000, vec![7; 33 * 512]);
+    assert_eq!(many, Reason::Dma(DmaError::TooManySegments { max: 8192 }));
     let long = refuse(space, 16, vec![7; (1 << 20) + 512]);
     assert_eq!(
         long,
@@ -269,41 +296,38 @@ fn memory_above_4_gib_is_refused_clearly() {
     let done = ata.complete().unwrap().unwrap();
     assert_eq!(done.buffer.unwrap(), pattern(0, 512));
 
-    // Buffers up to the last byte below, and beyond.
-    let edge = (1u64 << 32) - pvkit_join::arena::BASE - (8 << 20);
-    let space = join.arena.space().seen_from(edge);
-    let mut ata: Driver = Ata::open(join.wire.clone(), space, primary, DMA).unwrap();
-    let (mut taken, mut refused) = (0, 0);
-    let mut held = Vec::new();
-    for _ in 0..120 {
-        // Two pages fit no hole between the buffers that use memory up.
+    // A buffer that ends with the last byte below, one that begins below and
+    // ends above, and one that lies above; the table lies before them.
+    for (below, taken) in [
+        (8192, true),
+        (8190, false),
+        (4096, false),
+        (512, false),
+        (0, false),
+    ] {
+        let join = machine(&disk);
+        let [primary, _] = join.channels();
+        let table = 512;
+        let space = join
+            .arena
+            .space()
+            .seen_from((1 << 32) - BASE - table - below);
+        let mut ata: Driver = Ata::open(join.wire.clone(), space, primary, DMA).unwrap();
+        assert!(join.arena.in_use() as u64 <= table);
+        // Never published: nothing is touched at the wrong address.
         match ata.submit(BlockOp::Read { sector: 0 }, Some(vec![3; 8192]), 0) {
-            Ok(()) => {
-                taken += 1;
-                assert_eq!(refused, 0, "the higher, the worse");
-                // Never published: nothing is touched at the wrong address.
-                ata.recover(&mut |done| assert!(done.buffer.is_some()))
-                    .unwrap();
-            }
-            Err(error) => {
-                refused += 1;
-                assert_eq!(error.buffer.unwrap(), vec![3; 8192]);
-                assert!(
-                    matches!(
-                        error.reason,
-                        Reason::Dma(DmaError::NotAddressable { addr }) if addr > (1 << 32) - 8192
-                    ),
-                    "{:?}",
-                    error.reason
+            Ok(()) => assert!(taken, "{below}"),
+            Err(refused) => {
+                assert!(!taken, "{below}");
+                assert_eq!(refused.buffer.unwrap(), vec![3; 8192]);
+                let addr = (1 << 32) - below as usize;
+                assert_eq!(
+                    refused.reason,
+                    Reason::Dma(DmaError::NotAddressable { addr })
                 );
             }
         }
-        held.push(join.arena.buffer(100 << 10).unwrap());
     }
-    assert!(
-        taken > 70 && refused > 20,
-        "{taken} taken, {refused} refused"
-    );
 }
 
 #[test]
@@ -624,7 +648,11 @@ fn errors_of_the_disk_end_the_request_and_nothing_else() {
                     pair.disk.set(gate);
                     let done = pair.run(op, bytes.map(|bytes| vec![0x11; bytes]));
                     assert_eq!(done.result, Err(BlockError::Io), "{gate:?} {op:?}");
-                    assert_eq!(done.buffer.map(|buffer| buffer.len()), bytes);
+                    let buffer = done.buffer.unwrap_or_default();
+                    assert_eq!(buffer.len(), bytes.unwrap_or(0));
+                    if mode == Mode::Dma {
+                        assert!(buffer.iter().all(|byte| *byte == 0x11), "as it was");
+                    }
                     let interrupts = pair.join.interrupts[0].count() - before;
                     assert_eq!(interrupts, u64::from(completion == Completion::Interrupt));
                     pair.disk.set(Gate::Open);
@@ -635,6 +663,39 @@ fn errors_of_the_disk_end_the_request_and_nothing_else() {
         assert_eq!(pair.join.counters(Which::Primary).errors.get(), 4 * 2 * 5);
         pair.assert_nothing_leaks();
     }
+}
+
+#[test]
+fn errors_of_the_bus_master_end_the_request_and_are_cleared() {
+    let mut pair = pair(64, DMA);
+    let pci = pair.join.pci();
+    let [primary, _] = pair.join.channels();
+    let command = pci.command(Ide::PLACE);
+    pci.write_u16(
+        Ide::PLACE,
+        header::COMMAND,
+        (command - Command::BUS_MASTER).bits(),
+    );
+    for op in [BlockOp::Read { sector: 3 }, BlockOp::Write { sector: 3 }] {
+        let done = pair.run(op, Some(vec![0x11; 4096]));
+        assert_eq!(done.result, Err(BlockError::Io));
+        assert_eq!(done.buffer.unwrap(), vec![0x11; 4096]);
+        let status = pair.join.wire.read_u8(primary.bus_master.unwrap() + 2);
+        assert_eq!(status & 0b011, 0, "neither active nor failed");
+    }
+    pci.enable(Ide::PLACE, Command::BUS_MASTER);
+    assert_eq!(pair.read(3, 4096), pattern(3, 4096));
+}
+
+#[test]
+fn recover_tells_the_bus_master_everything_again() {
+    let mut pair = pair(64, DMA);
+    let [primary, _] = pair.join.channels();
+    pair.join
+        .wire
+        .write_u32(primary.bus_master.unwrap() + 4, 0x1234);
+    pair.ata.recover(&mut |_| {}).unwrap();
+    assert_eq!(pair.read(3, 4096), pattern(3, 4096));
 }
 
 #[test]

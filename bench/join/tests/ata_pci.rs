@@ -72,6 +72,28 @@ fn a_bar_is_sized_without_being_changed() {
 }
 
 #[test]
+fn nothing_is_decoded_while_a_bar_is_sized() {
+    let disk = GateDisk::new(8);
+    let join = machine(&disk);
+    let _ = join.channels();
+    let wire = join.wire.clone();
+    let mut seen = Vec::new();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let liar = Liar::new(&join.wire, move |port, truth| {
+        if port == 0xcfc {
+            // What the register holds, and whether the drive's ports answer.
+            sender.send((truth, wire.read_u8(0x1f7))).unwrap();
+        }
+        truth
+    });
+    PciConfig::new(liar).port_bar(IDE, BAR).unwrap();
+    seen.extend(receiver.try_iter().filter(|(bar, _)| bar & 1 != 0));
+    assert_eq!(seen[0], (0xc001, 0x50));
+    assert!(seen.contains(&(0xfff1, 0xff)), "{seen:x?}");
+    assert_eq!(join.wire.read_u8(0x1f7), 0x50);
+}
+
+#[test]
 fn ports_are_assigned_where_firmware_has_not() {
     let join = empty();
     let pci = join.pci();

@@ -192,6 +192,7 @@ impl Disk for GateDisk {
             shared: self.shared.clone(),
             depth,
             held: Vec::new(),
+            committed: 0,
         }))
     }
 }
@@ -202,6 +203,8 @@ struct GateLane {
     shared: Arc<Shared>,
     depth: u16,
     held: Vec<(DiskOp, u64, IoBufs, u16)>,
+    /// How many of those the host knows about.
+    committed: usize,
 }
 
 impl GateLane {
@@ -237,14 +240,17 @@ impl DiskLane for GateLane {
             }
         }
     }
-    fn commit(&mut self) {}
+    fn commit(&mut self) {
+        self.committed = self.held.len();
+    }
     fn reap(&mut self, each: &mut dyn FnMut(u16, Result<(), DiskError>)) -> usize {
         let gate = *self.shared.gate.lock().unwrap();
         if gate == Gate::Hold {
             return 0;
         }
         self.shared.ready.take();
-        let held = std::mem::take(&mut self.held);
+        let held: Vec<_> = self.held.drain(..self.committed).collect();
+        self.committed = 0;
         for (op, sector, data, tag) in &held {
             let request = DiskRequest {
                 op: *op,
