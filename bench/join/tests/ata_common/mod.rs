@@ -5,9 +5,11 @@
     reason = "each test file uses its own part"
 )]
 
+pub mod raw;
+
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Done};
 use pvkit_guest::dma::{DmaBuf, DmaBufMut};
-use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Completion, Mode};
+use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Completion, Drive, Mode};
 use pvkit_guest::register::PortIo;
 use pvkit_host::disk::{
     Disk, DiskError, DiskLane, DiskOp, DiskRequest, DiskShape, MemoryDisk, Submit,
@@ -34,12 +36,24 @@ pub const WAYS: [(Mode, Completion); 4] = [
     (Mode::Dma, Completion::Interrupt),
 ];
 
+pub const DMA: AtaOptions = AtaOptions {
+    mode: Mode::Dma,
+    completion: Completion::Polled,
+    drive: Drive::Zero,
+    max_segments: 16,
+    max_bytes: 1 << 20,
+    max_polls: 16,
+};
+pub const PIO: AtaOptions = AtaOptions {
+    mode: Mode::Pio,
+    ..DMA
+};
+
 pub fn options(mode: Mode, completion: Completion) -> AtaOptions {
     AtaOptions {
         mode,
         completion,
-        max_polls: 16,
-        ..AtaOptions::default()
+        ..DMA
     }
 }
 
