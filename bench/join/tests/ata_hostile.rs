@@ -286,6 +286,14 @@ fn a_status_that_cannot_be_is_a_fault_and_one_that_waits_is_waited_for() {
                     "{mode:?} {op:?}"
                 );
             }
+            // Failed while it wants data, which makes sense if there is some.
+            for status in [0x49, 0x59, 0x68] {
+                let expected = match op {
+                    BlockOp::Flush => fault(status),
+                    _ => Ok(Some(Err(BlockError::Io))),
+                };
+                assert_eq!(told(status), expected, "{mode:?} {op:?}");
+            }
             // Done, says the drive, before any PIO data has moved.
             let done = told(0x50);
             if pio {
@@ -394,31 +402,62 @@ fn the_device_is_named_if_it_is_no_disk() {
     let disk = GateDisk::new(64);
     let join = machine(&disk);
     let lying = Arc::new(AtomicBool::new(true));
-    let open = |lie: fn(u16, u32) -> u32| {
-        lied_to(&join, options(Mode::Pio, Completion::Polled), &lying, lie)
+    fn error(
+        join: &IdeJoin,
+        lying: &Arc<AtomicBool>,
+        lie: impl FnMut(u16, u32) -> u32 + Send + 'static,
+    ) -> AtaError {
+        lied_to(join, options(Mode::Pio, Completion::Polled), lying, lie)
             .map(|_| ())
             .unwrap_err()
-    };
-    let error = open(|port, truth| match port {
+    }
+    let told = error(&join, &lying, |port, truth| match port {
         0x1f4 => 0x14,
         0x1f5 => 0xeb,
         _ => truth,
     });
-    assert_eq!(error, AtaError::PacketDevice);
-    let error = open(|port, truth| if port == 0x1f4 { 0x3c } else { truth });
-    assert_eq!(error, AtaError::Signature { mid: 0x3c, high: 0 });
-    let error = open(|port, truth| if port == 0x1f7 { 0x80 | truth } else { truth });
+    assert_eq!(told, AtaError::PacketDevice);
+    let told = error(
+        &join,
+        &lying,
+        |port, truth| if port == 0x1f4 { 0x3c } else { truth },
+    );
+    assert_eq!(told, AtaError::Signature { mid: 0x3c, high: 0 });
+    let told = error(&join, &lying, |port, truth| {
+        if port == 0x1f7 { 0x80 | truth } else { truth }
+    });
     assert!(matches!(
-        error,
+        told,
         AtaError::Timeout {
             register: 0x1f7,
             polls: 16,
             ..
         }
     ));
-    let error = open(|port, truth| if port == 0x1f7 { truth | 1 } else { truth });
+    // It never has enough of telling about itself.
+    let mut words = 0;
+    let told = error(&join, &lying, move |port, truth| {
+        words += u32::from(port == 0x1f0);
+        if port == 0x1f7 && words > 0 {
+            truth | 8
+        } else {
+            truth
+        }
+    });
     assert_eq!(
-        error,
+        told,
+        AtaError::Refused {
+            command: command::IDENTIFY_DEVICE,
+            status: 0x58
+        }
+    );
+    let told = error(
+        &join,
+        &lying,
+        |port, truth| if port == 0x1f7 { truth | 1 } else { truth },
+    );
+    assert_eq!(
+        told,
         AtaError::Refused {
             command: command::IDENTIFY_DEVICE,
             status: 0x59

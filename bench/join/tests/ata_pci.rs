@@ -2,6 +2,7 @@
 
 mod ata_common;
 
+use ata_common::raw::{IDE, READY, new};
 use ata_common::{Driver, GateDisk, Liar, machine, pattern};
 use pvkit_guest::block::{BlockOp, BlockQueue};
 use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Channel, find_controller};
@@ -10,11 +11,10 @@ use pvkit_guest::register::PortIo;
 use pvkit_host::pci::PciRoot;
 use pvkit_join::ide::{FREE_PORTS, IdeJoin};
 use pvkit_join::port::PortWire;
-use pvkit_protocol::emulated::ata::{PRIMARY, SECONDARY};
+use pvkit_protocol::emulated::ata::{Control, PRIMARY, SECONDARY, piix3};
 use pvkit_protocol::pci::{Bdf, Command, class, header};
 use std::sync::Arc;
 
-const IDE: Bdf = Bdf::new(1, 1);
 const BAR: u8 = 4;
 
 fn empty() -> IdeJoin {
@@ -69,6 +69,28 @@ fn a_bar_is_sized_without_being_changed() {
         value: u32::MAX,
     };
     assert_eq!(pci.port_bar(nobody, 4), Err(error));
+}
+
+#[test]
+fn nothing_is_decoded_while_a_bar_is_sized() {
+    let disk = GateDisk::new(8);
+    let join = machine(&disk);
+    let _ = join.channels();
+    let wire = join.wire.clone();
+    let mut seen = Vec::new();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let liar = Liar::new(&join.wire, move |port, truth| {
+        if port == 0xcfc {
+            // What the register holds, and whether the drive's ports answer.
+            sender.send((truth, wire.read_u8(0x1f7))).unwrap();
+        }
+        truth
+    });
+    PciConfig::new(liar).port_bar(IDE, BAR).unwrap();
+    seen.extend(receiver.try_iter().filter(|(bar, _)| bar & 1 != 0));
+    assert_eq!(seen[0], (0xc001, 0x50));
+    assert!(seen.contains(&(0xfff1, 0xff)), "{seen:x?}");
+    assert_eq!(join.wire.read_u8(0x1f7), 0x50);
 }
 
 #[test]
@@ -268,4 +290,26 @@ fn configuration_ports_of_every_width_reach_the_function() {
     assert_eq!(join.wire.read_u32(0xcfc), u32::MAX);
     join.wire.write_u32(0xcf8, 0x8001_0900);
     assert_eq!(join.wire.read_u32(0xcfc), u32::MAX);
+}
+
+#[test]
+fn ports_answer_only_while_they_are_decoded() {
+    let machine = new(64);
+    let pci = machine.join.pci();
+    for switch in 0..2 {
+        let (timing, command) = (pci.read_u16(IDE, piix3::IDETIM_PRIMARY), pci.command(IDE));
+        machine.set(2, 0x33);
+        if switch == 0 {
+            pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing & 0x7fff);
+        } else {
+            pci.write_u16(IDE, 4, (command - Command::IO).bits());
+        }
+        assert_eq!((machine.get(7), machine.alternate()), (0xff, 0xff));
+        machine.set(2, 0x44);
+        machine.control(Control::SRST);
+        machine.data(8);
+        pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing);
+        pci.write_u16(IDE, 4, command.bits());
+        assert_eq!((machine.get(7), machine.get(2)), (READY, 0x33));
+    }
 }

@@ -5,9 +5,11 @@
     reason = "each test file uses its own part"
 )]
 
+pub mod raw;
+
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Done};
 use pvkit_guest::dma::{DmaBuf, DmaBufMut};
-use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Completion, Mode};
+use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Completion, Drive, Mode};
 use pvkit_guest::register::PortIo;
 use pvkit_host::disk::{
     Disk, DiskError, DiskLane, DiskOp, DiskRequest, DiskShape, MemoryDisk, Submit,
@@ -34,12 +36,24 @@ pub const WAYS: [(Mode, Completion); 4] = [
     (Mode::Dma, Completion::Interrupt),
 ];
 
+pub const DMA: AtaOptions = AtaOptions {
+    mode: Mode::Dma,
+    completion: Completion::Polled,
+    drive: Drive::Zero,
+    max_segments: 16,
+    max_bytes: 1 << 20,
+    max_polls: 16,
+};
+pub const PIO: AtaOptions = AtaOptions {
+    mode: Mode::Pio,
+    ..DMA
+};
+
 pub fn options(mode: Mode, completion: Completion) -> AtaOptions {
     AtaOptions {
         mode,
         completion,
-        max_polls: 16,
-        ..AtaOptions::default()
+        ..DMA
     }
 }
 
@@ -192,6 +206,7 @@ impl Disk for GateDisk {
             shared: self.shared.clone(),
             depth,
             held: Vec::new(),
+            committed: 0,
         }))
     }
 }
@@ -202,6 +217,8 @@ struct GateLane {
     shared: Arc<Shared>,
     depth: u16,
     held: Vec<(DiskOp, u64, IoBufs, u16)>,
+    /// How many of those the host knows about.
+    committed: usize,
 }
 
 impl GateLane {
@@ -238,6 +255,7 @@ impl DiskLane for GateLane {
         }
     }
     fn commit(&mut self) -> bool {
+        self.committed = self.held.len();
         true
     }
     fn reap(&mut self, each: &mut dyn FnMut(u16, Result<(), DiskError>)) -> usize {
@@ -246,7 +264,8 @@ impl DiskLane for GateLane {
             return 0;
         }
         self.shared.ready.take();
-        let held = std::mem::take(&mut self.held);
+        let held: Vec<_> = self.held.drain(..self.committed).collect();
+        self.committed = 0;
         for (op, sector, data, tag) in &held {
             let request = DiskRequest {
                 op: *op,

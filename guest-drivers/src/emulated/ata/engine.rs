@@ -9,7 +9,9 @@ use crate::register::PortIo;
 use crate::storage::Storage;
 use core::alloc::Layout;
 use core::fmt;
-use pvkit_protocol::emulated::ata::{BusMasterCommand, BusMasterStatus, Prd, bus_master};
+use pvkit_protocol::emulated::ata::{
+    BusMasterCommand, BusMasterStatus, MAX_SECTORS_LBA48, Prd, SECTOR_BYTES, bus_master,
+};
 use zerocopy::little_endian::{U16, U32};
 
 /// The table of regions: allocated once, rewritten for each request.
@@ -24,11 +26,13 @@ const ENTRY: usize = size_of::<Prd>();
 const MAX_ENTRIES: usize = Prd::BOUNDARY as usize / ENTRY;
 /// First address that the bus master cannot reach.
 const LIMIT: u64 = 1 << 32;
+/// Longest request that a command can move.
+const MAX_BYTES: u32 = MAX_SECTORS_LBA48 * SECTOR_BYTES as u32;
 
 /// Entries for a buffer of so many segments and bytes, wherever they lie: a
 /// segment has a region for each 64 KiB that it touches.
 fn entries_for(segments: u16, bytes: u32) -> usize {
-    2 * usize::from(segments) + (bytes / Prd::BOUNDARY) as usize
+    2 * usize::from(segments) + (bytes.min(MAX_BYTES) / Prd::BOUNDARY) as usize
 }
 
 impl<S: DmaSpace<Addr = u64>> Table<S> {
@@ -69,7 +73,7 @@ impl<S: DmaSpace<Addr = u64>> Table<S> {
         for segment in segments {
             let Segment { addr, len } = *segment;
             let (mut at, mut left) = (addr, u64::from(len));
-            if at >= LIMIT || left > LIMIT - at {
+            if at.checked_add(left).is_none_or(|end| end > LIMIT) {
                 return Err(DmaError::NotAddressable {
                     addr: addr as usize,
                 });

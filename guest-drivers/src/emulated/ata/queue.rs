@@ -149,8 +149,7 @@ impl<B: DmaBufMut, P: PortIo, S: DmaSpace<Addr = u64>> Ata<B, P, S> {
         let engine = match master {
             None => None,
             Some(base) => {
-                let max_bytes = info.limits.max_bytes;
-                let mut engine = Engine::new(ports, base, space, room, max_bytes)?;
+                let mut engine = Engine::new(ports, base, space, room, options.max_bytes)?;
                 // Whoever had the bus master before may have left it running.
                 engine.stop();
                 engine.wait_stopped(polls)?;
@@ -210,11 +209,7 @@ impl<B: DmaBufMut, P: PortIo, S: DmaSpace<Addr = u64>> Ata<B, P, S> {
         if info.serial != self.info.serial {
             return Err(AtaError::Replaced);
         }
-        // What was allocated when the disk was opened is for requests of that
-        // size.
-        let max_bytes = info.limits.max_bytes.min(self.info.limits.max_bytes);
         self.info = info;
-        self.info.limits.max_bytes = max_bytes;
         self.block_bytes = usize::from(block) * SECTOR_BYTES as usize;
         if let Some(engine) = &self.engine {
             engine.show_table()?;

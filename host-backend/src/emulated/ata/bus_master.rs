@@ -105,9 +105,10 @@ impl BusMaster {
         }
     }
 
-    /// Whether it was started and waits for a command.
-    pub(super) fn is_waiting(&self) -> bool {
-        self.running.is_none() && self.status.contains(BusMasterStatus::ACTIVE)
+    /// Whether it was started and not stopped, so that it serves the next
+    /// command that wants it.
+    pub(super) fn is_active(&self) -> bool {
+        self.status.contains(BusMasterStatus::ACTIVE)
     }
 
     /// Whether a transfer runs.
@@ -181,5 +182,39 @@ impl BusMaster {
     /// The drive interrupts.
     pub(super) fn interrupt(&mut self) {
         self.status.insert(BusMasterStatus::INTERRUPT);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestMemory;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+    use zerocopy::IntoBytes;
+    use zerocopy::little_endian::{U16, U32};
+
+    #[test]
+    fn pieces_are_counted_and_not_only_entries() {
+        // Each region crosses from one piece of host memory to the next.
+        const START: u64 = 0x1_0000;
+        let ranges = [
+            (GuestAddress(0), START as usize),
+            (GuestAddress(START), 4096),
+        ];
+        let map = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
+        let memory = GuestMemory::new(Arc::new(map)).unwrap().snapshot();
+        let entry = Prd {
+            addr: U32::new(START as u32 - 2),
+            byte_count: U16::new(4),
+            flags: U16::ZERO,
+        };
+        memory.write(0, [entry; 1024].as_bytes()).unwrap();
+        let master = BusMaster::default();
+        let mut bufs = IoBufs::new();
+        let enough = Ok(Table::Enough { exhausted: false });
+        assert_eq!(master.gather(&memory, 4 * 512, &mut bufs), enough);
+        assert_eq!(bufs.as_iovecs().len(), 1024);
+        let long = Err(TableError::Long);
+        assert_eq!(master.gather(&memory, 4 * 513, &mut bufs), long);
     }
 }

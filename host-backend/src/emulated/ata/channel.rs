@@ -157,7 +157,7 @@ impl Channel {
         let Some(device) = &mut self.device else {
             return;
         };
-        if self.bus_master.is_waiting()
+        if self.bus_master.is_active()
             && let Some((bytes, write)) = device.wants_dma()
         {
             if self.snapshot.epoch() != self.memory.epoch() {

@@ -210,10 +210,8 @@ impl Device {
 
     /// The device control register.
     pub(super) fn write_control(&mut self, value: u8) {
-        let value = Control::from_bits_truncate(value);
-        let begins = value.contains(Control::SRST) && !self.control.contains(Control::SRST);
-        self.control = value;
-        if begins {
+        self.control = Control::from_bits_truncate(value);
+        if self.control.contains(Control::SRST) {
             self.reset();
         }
     }

@@ -176,8 +176,8 @@ impl Device {
         }
     }
 
-    /// Reads of the data register, of any width; what is not there reads as
-    /// all ones.
+    /// Reads of the data register, of any width; what is not there stays as it
+    /// is in `data`.
     pub(super) fn read_data(&mut self, data: &mut [u8]) {
         let mut rest = data;
         while !rest.is_empty() && !self.other_is_selected() {
@@ -201,7 +201,6 @@ impl Device {
                 }
             }
         }
-        rest.fill(0xff);
     }
 
     /// Writes of the data register, of any width; what nobody asked for is

@@ -73,8 +73,7 @@ impl Worker for IdeWorker {
     }
 
     fn arm(&mut self) -> bool {
-        // A kick from before says that something is stalled, which the last
-        // poll has seen if it came before that poll; otherwise poll again.
+        // Since the last look, a request may have found no room.
         self.kick.take() > 0
     }
 

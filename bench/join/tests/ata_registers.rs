@@ -1,166 +1,18 @@
-//! The controller register by register, as any driver could use it, and as
-//! none should.
+//! The registers of drives, in every command that they know and in those that
+//! they do not.
 
 mod ata_common;
 
-use ata_common::{Gate, GateDisk, machine, pattern};
+use ata_common::raw::{COMMAND, IDE, MEMORY, Machine, READY, new};
+use ata_common::{Gate, GateDisk, pattern};
 use pvkit_guest::register::PortIo;
 use pvkit_host::disk::{DiskError, DiskOp};
 use pvkit_host::emulated::ata::{DriveOptions, Which};
-use pvkit_join::arena::BASE;
 use pvkit_join::ide::IdeJoin;
 use pvkit_protocol::emulated::ata::{
-    BusMasterStatus as Bm, Control, Error, Prd, Status, TaskFile, command, feature, piix3,
+    BusMasterStatus as Bm, Control, Error, Status, TaskFile, command, piix3,
 };
-use pvkit_protocol::pci::{Bdf, Command};
 use std::sync::Arc;
-use zerocopy::IntoBytes;
-use zerocopy::little_endian::{U16, U32};
-
-const COMMAND: u16 = 0x1f0;
-const CONTROL: u16 = 0x3f6;
-/// Where the guest keeps its table of regions, and its data.
-const TABLE: u64 = BASE + 0x1_0000;
-const MEMORY: u64 = BASE + 0x10_0000;
-const READY: u8 = 0x50;
-const IDE: Bdf = Bdf::new(1, 1);
-
-/// Address, count as it is written, and whether it ends the table.
-type Region = (u64, u16, bool);
-
-struct Machine {
-    join: IdeJoin,
-    disk: GateDisk,
-    master: u16,
-}
-
-fn new(sectors: u64) -> Machine {
-    let disk = GateDisk::new(sectors);
-    let join = machine(&disk);
-    let [primary, _] = join.channels();
-    Machine {
-        master: primary.bus_master.unwrap(),
-        join,
-        disk,
-    }
-}
-
-impl Machine {
-    fn set(&self, register: u16, value: u8) {
-        self.join.wire.write_u8(COMMAND + register, value);
-    }
-    fn get(&self, register: u16) -> u8 {
-        self.join.wire.read_u8(COMMAND + register)
-    }
-    fn control(&self, control: Control) {
-        self.join.wire.write_u8(CONTROL, control.bits());
-    }
-    fn alternate(&self) -> u8 {
-        self.join.wire.read_u8(CONTROL)
-    }
-    fn status(&self) -> Status {
-        Status::from_bits_retain(self.get(7))
-    }
-    fn error(&self) -> Error {
-        Error::from_bits_retain(self.get(1))
-    }
-    fn interrupts(&self) -> u64 {
-        self.join.interrupts[0].count()
-    }
-    /// Sets address and count, and gives a command with a 28-bit address.
-    fn command(&self, code: u8, sector: u64, count: u32) {
-        let (file, top) = TaskFile::from_lba28(sector, count);
-        for (register, value) in [
-            (2, file.count),
-            (3, file.low),
-            (4, file.mid),
-            (5, file.high),
-            (6, 0xe0 | top),
-            (7, code),
-        ] {
-            self.set(register, value);
-        }
-    }
-    /// A command with one parameter in each of two registers.
-    fn simple(&self, code: u8, features: u8, count: u8) -> Status {
-        self.set(6, 0xe0);
-        self.set(1, features);
-        self.set(2, count);
-        self.set(7, code);
-        self.status()
-    }
-    fn data(&self, bytes: usize) -> Vec<u8> {
-        let mut data = vec![0xcc; bytes];
-        self.join.wire.read_string(COMMAND, 2, &mut data);
-        data
-    }
-    fn put(&self, data: &[u8]) {
-        self.join.wire.write_string(COMMAND, 2, data);
-    }
-    fn identify(&self) -> Vec<u16> {
-        assert_eq!(
-            self.simple(command::IDENTIFY_DEVICE, 0, 0).bits(),
-            READY | 8
-        );
-        let data = self.data(512);
-        assert_eq!(self.status().bits(), READY);
-        data.chunks(2)
-            .map(|word| u16::from_le_bytes([word[0], word[1]]))
-            .collect()
-    }
-
-    fn bm_status(&self) -> Bm {
-        Bm::from_bits_retain(self.join.wire.read_u8(self.master + 2))
-    }
-    fn bm_command(&self, value: u8) {
-        self.join.wire.write_u8(self.master, value);
-    }
-    /// Writes a table of regions, and tells the bus master.
-    fn table(&self, regions: &[Region]) {
-        let entries: Vec<_> = regions
-            .iter()
-            .map(|&(addr, count, last)| Prd {
-                addr: U32::new(addr as u32),
-                byte_count: U16::new(count),
-                flags: U16::new(if last { Prd::END_OF_TABLE } else { 0 }),
-            })
-            .collect();
-        let memory = self.join.arena.snapshot();
-        memory.write(TABLE, entries.as_bytes()).unwrap();
-        self.join.wire.write_u32(self.master + 4, TABLE as u32);
-    }
-    fn memory(&self, addr: u64, bytes: usize) -> Vec<u8> {
-        let mut data = vec![0; bytes];
-        self.join.arena.snapshot().read(addr, &mut data).unwrap();
-        data
-    }
-    /// A DMA read of 8 sectors from sector 3 on, with the table that is there.
-    fn dma_read(&self) {
-        self.command(command::READ_DMA, 3, 8);
-        self.bm_command(0x09);
-    }
-    /// After whatever happened, the controller works.
-    fn assert_works(&mut self) {
-        self.disk.set(Gate::Open);
-        self.join.run();
-        self.bm_command(0);
-        self.control(Control::SRST);
-        self.control(Control::empty());
-        self.status();
-        self.join.wire.write_u8(self.master + 2, 0x06);
-        let before = self.interrupts();
-        self.table(&[(MEMORY, 4096, true)]);
-        self.dma_read();
-        assert_eq!(
-            self.bm_status() & !(Bm::DRIVE0_DMA | Bm::DRIVE1_DMA),
-            Bm::INTERRUPT
-        );
-        assert_eq!(self.status().bits(), READY);
-        self.bm_command(0);
-        assert_eq!(self.interrupts(), before + 1);
-        assert_eq!(self.memory(MEMORY, 4096), pattern(3, 4096));
-    }
-}
 
 #[test]
 fn a_reset_shows_the_signature_and_undoes_settings() {
@@ -251,7 +103,10 @@ fn intrq_is_a_level_and_each_rise_is_an_interrupt() {
     assert_eq!(machine.status().bits(), 0, "drive 1 does not acknowledge");
     machine.set(6, 0xe0);
     check(&machine, 1, "drive 0 is selected again");
-    machine.control(Control::SRST);
+    machine.status();
+    machine.control(Control::NIEN);
+    nop(&machine);
+    machine.control(Control::NIEN | Control::SRST);
     machine.control(Control::empty());
     check(&machine, 0, "cleared by a reset");
     assert!(machine.bm_status().contains(Bm::INTERRUPT));
@@ -551,36 +406,6 @@ fn what_a_disk_does_not_know_is_aborted() {
 }
 
 #[test]
-fn without_a_write_cache_writes_are_durable() {
-    let machine = new(64);
-    let write = |fua: bool| {
-        machine.command(command::WRITE_SECTORS, 1, 1);
-        machine.put(&[7; 512]);
-        assert_eq!(machine.disk.take_ops(), [(DiskOp::Write { fua }, 1, 512)]);
-        machine.table(&[(MEMORY, 512, true)]);
-        machine.command(command::WRITE_DMA, 2, 1);
-        machine.bm_command(1);
-        assert_eq!(machine.disk.take_ops(), [(DiskOp::Write { fua }, 2, 512)]);
-        machine.bm_command(0);
-    };
-    write(false);
-    let set = |feature| {
-        let status = machine.simple(command::SET_FEATURES, feature, 0);
-        assert_eq!(status.bits(), READY);
-    };
-    set(feature::DISABLE_WRITE_CACHE);
-    assert_eq!(machine.identify()[85] & 0x20, 0);
-    write(true);
-    set(feature::ENABLE_WRITE_CACHE);
-    assert_eq!(machine.identify()[85] & 0x20, 0x20);
-    write(false);
-    set(feature::DISABLE_WRITE_CACHE);
-    machine.control(Control::SRST);
-    machine.control(Control::empty());
-    write(false);
-}
-
-#[test]
 fn errors_say_where_they_were() {
     let machine = new(64);
     let at = |machine: &Machine| (3..=6).map(|r| machine.get(r)).collect::<Vec<_>>();
@@ -601,7 +426,36 @@ fn errors_say_where_they_were() {
         (READY | 1, Error::ABRT)
     );
     assert_eq!(at(&machine), [20, 0, 0, 0xe0]);
-    assert_eq!(machine.simple(command::FLUSH_CACHE, 0, 0).bits(), READY | 1);
+    for register in 2..6 {
+        machine.set(register, 0x30 + register as u8);
+    }
+    machine.set(7, command::FLUSH_CACHE);
+    assert_eq!(
+        (machine.status().bits(), machine.error()),
+        (READY | 1, Error::ABRT)
+    );
+    assert_eq!(
+        at(&machine),
+        [0x33, 0x34, 0x35, 0xe0],
+        "a flush has no place"
+    );
+    let beyond = DiskError::OutOfRange {
+        sector: 0,
+        bytes: 512,
+        sectors: 0,
+    };
+    machine.disk.set(Gate::Fail(beyond));
+    machine.command(command::READ_SECTORS, 10, 1);
+    assert_eq!(
+        (machine.status().bits(), machine.error()),
+        (READY | 1, Error::IDNF)
+    );
+    // The bus master stays active when the drive gives up.
+    machine.table(&[(MEMORY, 4096, true)]);
+    machine.dma_read();
+    assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ACTIVE);
+    machine.bm_command(0);
+    assert_eq!(machine.bm_status(), Bm::INTERRUPT);
     // A command that reaches beyond the end moves nothing.
     machine.disk.set(Gate::Open);
     machine.disk.take_ops();
@@ -664,25 +518,24 @@ fn drive_1_and_absent_drives_are_silent() {
 }
 
 #[test]
-fn ports_answer_only_while_they_are_decoded() {
+fn a_transfer_waits_while_drive_1_is_selected() {
     let machine = new(64);
-    let pci = machine.join.pci();
-    for switch in 0..2 {
-        let (timing, command) = (pci.read_u16(IDE, piix3::IDETIM_PRIMARY), pci.command(IDE));
-        machine.set(2, 0x33);
-        if switch == 0 {
-            pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing & 0x7fff);
-        } else {
-            pci.write_u16(IDE, 4, (command - Command::IO).bits());
-        }
-        assert_eq!((machine.get(7), machine.alternate()), (0xff, 0xff));
-        machine.set(2, 0x44);
-        machine.control(Control::SRST);
-        machine.data(8);
-        pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing);
-        pci.write_u16(IDE, 4, command.bits());
-        assert_eq!((machine.get(7), machine.get(2)), (READY, 0x33));
-    }
+    machine.command(command::READ_SECTORS, 5, 1);
+    let first = machine.data(100);
+    machine.set(6, 0xf0);
+    assert_eq!(machine.data(100), [0xff; 100]);
+    machine.set(6, 0xe0);
+    let rest = machine.data(412);
+    assert_eq!([first, rest].concat(), pattern(5, 512));
+    machine.command(command::WRITE_SECTORS, 5, 1);
+    machine.put(&[1; 100]);
+    machine.set(6, 0xf0);
+    machine.put(&[2; 512]);
+    machine.set(6, 0xe0);
+    machine.put(&[3; 412]);
+    assert_eq!(machine.status().bits(), READY);
+    let expected = [&[1; 100][..], &[3; 412]].concat();
+    assert_eq!(machine.disk.disk.contents()[5 * 512..6 * 512], expected[..]);
 }
 
 #[test]
@@ -716,309 +569,6 @@ fn wide_and_odd_accesses_to_registers_are_one_to_each() {
 }
 
 #[test]
-fn a_transfer_may_start_before_or_after_its_command() {
-    for command_first in [true, false] {
-        let mut machine = new(64);
-        machine.table(&[(MEMORY, 4096, true)]);
-        let before = machine.interrupts();
-        if command_first {
-            machine.command(command::READ_DMA, 3, 8);
-            assert_eq!(machine.alternate(), READY | 8, "it waits");
-            assert_eq!(machine.bm_status(), Bm::empty());
-            assert_eq!(machine.data(2), [0xff; 2], "no PIO data");
-            // A second command is ignored meanwhile.
-            machine.set(7, command::IDENTIFY_DEVICE);
-            assert_eq!(machine.alternate(), READY | 8);
-            machine.bm_command(0x09);
-        } else {
-            machine.bm_command(0x09);
-            assert_eq!(machine.bm_status(), Bm::ACTIVE);
-            machine.command(command::READ_DMA, 3, 8);
-        }
-        assert_eq!(machine.interrupts(), before + 1);
-        assert_eq!(machine.bm_status(), Bm::INTERRUPT, "done, and inactive");
-        assert_eq!(machine.status().bits(), READY);
-        assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096));
-        // Once started, it has to be stopped before it starts again.
-        machine.dma_read();
-        assert_eq!(machine.alternate(), READY | 8);
-        assert_eq!(machine.bm_status() & Bm::ACTIVE, Bm::empty());
-        machine.bm_command(0x08);
-        machine.bm_command(0x09);
-        assert_eq!(machine.status().bits(), READY);
-        machine.assert_works();
-    }
-}
-
-#[test]
-fn tables_of_every_kind() {
-    let far = MEMORY + 0x2_0000;
-    let ok = Some((READY, Bm::INTERRUPT));
-    let longer = Some((READY, Bm::INTERRUPT | Bm::ACTIVE));
-    let failed = Some((READY | 1, Bm::INTERRUPT | Bm::ERROR));
-    let cases: [(&str, Vec<Region>, _); 16] = [
-        ("exact", vec![(MEMORY, 4096, true)], ok),
-        (
-            "in pieces",
-            vec![(MEMORY, 4094, false), (MEMORY + 4094, 2, true)],
-            ok,
-        ),
-        ("longer", vec![(MEMORY, 4098, true)], longer),
-        (
-            "more entries",
-            vec![(MEMORY, 4096, false), (1, 2, true)],
-            longer,
-        ),
-        ("no end", vec![(MEMORY, 4096, false); 8], longer),
-        ("64 KiB", vec![(MEMORY, 0, true)], longer),
-        ("odd address", vec![(MEMORY + 1, 4096, true)], ok),
-        ("odd length", vec![(MEMORY, 4097, true)], ok),
-        ("length 1 is 64 KiB", vec![(MEMORY, 1, true)], longer),
-        ("short", vec![(MEMORY, 4094, true)], None),
-        (
-            "very short",
-            vec![(MEMORY, 2, true), (MEMORY, 4096, true)],
-            None,
-        ),
-        ("no RAM", vec![(0x1000, 4096, true)], failed),
-        (
-            "ends beyond RAM",
-            vec![(BASE + (16 << 20) - 4094, 4096, true)],
-            failed,
-        ),
-        (
-            "second no RAM",
-            vec![(MEMORY, 2048, false), (8, 2048, true)],
-            failed,
-        ),
-        (
-            "end of address space",
-            vec![(0xffff_fffe, 4096, true)],
-            failed,
-        ),
-        ("too many", vec![(MEMORY, 2, false); 2000], failed),
-    ];
-    for (name, table, expected) in cases {
-        let mut machine = new(64);
-        machine
-            .join
-            .arena
-            .snapshot()
-            .write(far, &[0x5a; 64])
-            .unwrap();
-        machine.table(&table);
-        let before = machine.interrupts();
-        machine.dma_read();
-        let done = u64::from(expected.is_some());
-        assert_eq!(machine.interrupts(), before + done, "{name}");
-        match expected {
-            Some((status, master)) => {
-                assert_eq!(machine.bm_status(), master, "{name}");
-                assert_eq!(machine.status().bits(), status, "{name}");
-                if status == READY {
-                    assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096), "{name}");
-                } else {
-                    assert_eq!(machine.error(), Error::ABRT, "{name}");
-                    assert_eq!(
-                        machine.memory(MEMORY, 4096),
-                        [0; 4096],
-                        "{name}: nothing moved"
-                    );
-                }
-            }
-            None => {
-                // Inactive without an interrupt: the drive waits for more.
-                assert_eq!(machine.bm_status(), Bm::empty(), "{name}");
-                assert_eq!(machine.status().bits(), READY | 8, "{name}");
-                machine.bm_command(0x08);
-                machine.table(&[(MEMORY, 4096, true)]);
-                machine.bm_command(0x09);
-                assert_eq!(machine.status().bits(), READY, "{name}: continued");
-                assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096), "{name}");
-            }
-        }
-        assert_eq!(machine.memory(far, 64), [0x5a; 64], "{name}");
-        machine.assert_works();
-    }
-}
-
-#[test]
-fn tables_that_are_not_in_memory() {
-    for addr in [
-        0,
-        0x1000,
-        0xffff_fffc,
-        (BASE + (16 << 20)) as u32,
-        (BASE + (16 << 20) - 4) as u32,
-    ] {
-        let mut machine = new(64);
-        machine.join.wire.write_u32(machine.master + 4, addr);
-        machine.dma_read();
-        assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ERROR, "{addr:#x}");
-        assert_eq!(machine.status().bits(), READY | 1, "{addr:#x}");
-        machine.assert_works();
-    }
-}
-
-#[test]
-fn as_many_regions_as_a_system_call_takes_and_no_more() {
-    for (regions, bytes) in [(1024u64, 4u16), (1025, 4)] {
-        let machine = new(64);
-        // 4,096 or 4,100 bytes in regions of 4.
-        let sectors = 8;
-        let mut table: Vec<_> = (0..regions)
-            .map(|i| (MEMORY + i * 4, bytes, false))
-            .collect();
-        if regions > 1024 {
-            // The first region has no more than a word, so one more is needed.
-            table[0].1 = 2;
-            table[1].1 = 2;
-        }
-        machine.table(&table);
-        machine.command(command::READ_DMA, 3, sectors);
-        machine.bm_command(0x09);
-        let expected = if regions > 1024 { READY | 1 } else { READY };
-        assert_eq!(machine.status().bits(), expected, "{regions}");
-    }
-}
-
-#[test]
-fn a_transfer_in_the_wrong_direction_fails() {
-    for (code, direction) in [(command::READ_DMA, 0x01), (command::WRITE_DMA, 0x09)] {
-        let mut machine = new(64);
-        machine.table(&[(MEMORY, 4096, true)]);
-        machine.command(code, 3, 8);
-        machine.bm_command(direction);
-        assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ERROR);
-        assert_eq!(
-            (machine.status().bits(), machine.error()),
-            (READY | 1, Error::ABRT)
-        );
-        assert_eq!(machine.memory(MEMORY, 4096), [0; 4096]);
-        assert_eq!(machine.disk.take_ops(), []);
-        machine.assert_works();
-    }
-}
-
-#[test]
-fn without_bus_mastering_no_memory_is_touched() {
-    let mut machine = new(64);
-    let pci = machine.join.pci();
-    let command = pci.command(IDE);
-    pci.write_u16(IDE, 4, (command - Command::BUS_MASTER).bits());
-    machine.table(&[(MEMORY, 4096, true)]);
-    machine.dma_read();
-    assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ERROR);
-    assert_eq!(machine.status().bits(), READY | 1);
-    assert_eq!(machine.memory(MEMORY, 4096), [0; 4096]);
-    pci.write_u16(IDE, 4, command.bits());
-    machine.assert_works();
-}
-
-#[test]
-fn stopping_in_mid_transfer_takes_effect_when_the_disk_is_done() {
-    for gate in [Gate::Open, Gate::FailLater(DiskError::Truncated)] {
-        let mut machine = new(64);
-        machine.table(&[(MEMORY, 4096, true)]);
-        machine.disk.set(Gate::Hold);
-        machine.dma_read();
-        assert_eq!(
-            (machine.alternate(), machine.bm_status()),
-            (0x80, Bm::ACTIVE)
-        );
-        machine.bm_command(0);
-        assert_eq!(
-            (machine.alternate(), machine.bm_status()),
-            (0x80, Bm::ACTIVE)
-        );
-        // Nor does starting again, or taking the rights away, change anything.
-        machine.bm_command(0x09);
-        machine.bm_command(0);
-        machine.join.wire.write_u32(machine.master + 4, 0);
-        let pci = machine.join.pci();
-        let command = pci.command(IDE);
-        pci.write_u16(IDE, 4, Command::IO.bits());
-        machine.set(7, command::IDENTIFY_DEVICE);
-        machine.set(2, 0x77);
-        assert_eq!(
-            (machine.alternate(), machine.bm_status()),
-            (0x80, Bm::ACTIVE)
-        );
-        machine.disk.set(gate);
-        let before = machine.interrupts();
-        assert_eq!(machine.join.run(), 1);
-        assert_eq!(machine.bm_status(), Bm::INTERRUPT);
-        assert_eq!(machine.interrupts(), before + 1);
-        if gate == Gate::Open {
-            assert_eq!(machine.status().bits(), READY);
-            assert_eq!(machine.memory(MEMORY, 4096), pattern(3, 4096));
-        } else {
-            assert_eq!(machine.status().bits(), READY | 1);
-        }
-        pci.write_u16(IDE, 4, command.bits());
-        machine.assert_works();
-    }
-}
-
-#[test]
-fn a_reset_in_mid_transfer_keeps_the_drive_busy_until_the_disk_is_done() {
-    let reads = [
-        command::READ_DMA,
-        command::READ_SECTORS,
-        command::READ_MULTIPLE,
-    ];
-    for code in reads
-        .into_iter()
-        .chain([command::FLUSH_CACHE, command::WRITE_DMA])
-    {
-        for gate in [Gate::Open, Gate::FailLater(DiskError::Truncated)] {
-            let mut machine = new(64);
-            // What is written is what is there already.
-            let memory = machine.join.arena.snapshot();
-            memory.write(MEMORY, &pattern(3, 4096)).unwrap();
-            machine.table(&[(MEMORY, 4096, true)]);
-            machine.disk.set(Gate::Hold);
-            machine.command(code, 3, 8);
-            machine.bm_command(if code == command::WRITE_DMA { 1 } else { 9 });
-            assert_eq!(machine.alternate(), 0x80, "{code:#x}");
-            let before = machine.interrupts();
-            for _ in 0..3 {
-                machine.bm_command(0);
-                machine.control(Control::SRST);
-                assert_eq!(machine.alternate(), 0x80);
-                machine.control(Control::empty());
-                assert_eq!(machine.alternate(), 0x80, "{code:#x}: the disk has it");
-                machine.set(7, command::IDENTIFY_DEVICE);
-                machine.bm_command(9);
-            }
-            machine.bm_command(0);
-            machine.disk.set(gate);
-            assert_eq!(machine.join.run(), 1);
-            let registers: Vec<_> = (1..=7).map(|register| machine.get(register)).collect();
-            assert_eq!(registers, [1, 1, 1, 0, 0, 0xa0, READY], "{code:#x}");
-            assert_eq!(machine.bm_status() & Bm::ACTIVE, Bm::empty());
-            assert_eq!(machine.interrupts(), before, "{code:#x}");
-            machine.assert_works();
-        }
-    }
-}
-
-#[test]
-fn a_reset_forgets_what_the_disk_had_no_room_for() {
-    let mut machine = new(64);
-    machine.disk.set(Gate::Full);
-    machine.command(command::READ_SECTORS, 3, 8);
-    assert_eq!(machine.alternate(), 0x80);
-    machine.control(Control::SRST);
-    machine.control(Control::empty());
-    assert_eq!(machine.alternate(), READY);
-    machine.disk.set(Gate::Open);
-    assert_eq!(machine.join.run(), 0);
-    assert_eq!(machine.disk.take_ops(), []);
-    machine.assert_works();
-}
-
-#[test]
 fn a_reset_in_the_middle_of_a_pio_block() {
     for code in [command::READ_SECTORS, command::WRITE_SECTORS] {
         let mut machine = new(64);
@@ -1039,19 +589,6 @@ fn a_reset_in_the_middle_of_a_pio_block() {
         );
         machine.assert_works();
     }
-}
-
-#[test]
-fn a_dma_write_comes_from_memory() {
-    let machine = new(64);
-    let data = pattern(777, 4096);
-    machine.join.arena.snapshot().write(MEMORY, &data).unwrap();
-    machine.table(&[(MEMORY, 1000, false), (MEMORY + 1000, 3096, true)]);
-    machine.command(command::WRITE_DMA, 3, 8);
-    machine.bm_command(0x01);
-    assert_eq!(machine.bm_status(), Bm::INTERRUPT);
-    assert_eq!(machine.status().bits(), READY);
-    assert_eq!(machine.disk.disk.contents()[3 * 512..11 * 512], data[..]);
 }
 
 #[test]
