@@ -10,12 +10,14 @@
 //! - [`stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
+//! - [`disk`] is a disk that holds requests back until it is told to go on.
 //! - [`hostile`] has a guest that writes what it likes, and a device that
 //!   lies.
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
 pub mod arena;
+pub mod disk;
 pub mod hostile;
 pub mod stepped;
 #[allow(unsafe_code)]

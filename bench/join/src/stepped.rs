@@ -18,6 +18,10 @@ struct Lane {
     done: bool,
 }
 
+/// How often a lane may be woken in vain, by a guest that rewrites its ring
+/// meanwhile, say.
+const PATIENCE: u32 = 10_000;
+
 type Lanes = Arc<Mutex<Vec<Option<Lane>>>>;
 
 /// The executor's end: goes into the device's transport.
@@ -72,6 +76,9 @@ impl Steps {
     /// Lets every lane do what a thread would do that spins for no time: if it
     /// sleeps and nothing wakes it, nothing; otherwise work until there is
     /// nothing left, arm, and sleep. Returns how many polls found work.
+    ///
+    /// # Panics
+    /// If a lane spins: it says that there is work, and finds none.
     pub fn run(&self) -> usize {
         let mut busy = 0;
         for (index, lane) in lock(&self.0).iter_mut().enumerate() {
@@ -80,9 +87,13 @@ impl Steps {
                 continue;
             }
             lane.asleep = false;
+            let mut in_vain = 0;
             loop {
                 match lane.poll(index, u32::MAX) {
-                    Progress::More => busy += 1,
+                    Progress::More => {
+                        busy += 1;
+                        in_vain = 0;
+                    }
                     Progress::Stopped => break,
                     Progress::Broken(_) => {}
                     Progress::Drained => {
@@ -90,6 +101,8 @@ impl Steps {
                             lane.asleep = true;
                             break;
                         }
+                        in_vain += 1;
+                        assert!(in_vain < PATIENCE, "lane {index} spins");
                     }
                 }
             }
