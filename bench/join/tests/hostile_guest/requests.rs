@@ -284,3 +284,17 @@ fn a_header_that_changes_after_the_check() {
     guest.boot();
     assert!(guest.works(1));
 }
+
+#[test]
+fn a_flush_of_any_sector_is_a_flush() {
+    // §5.2.6: the sector of a flush means nothing.
+    let mut scene = Scene::new();
+    let guest = &mut scene.guest;
+    for sector in [0, 1, SECTORS, u64::MAX / 512, 1 << 55, u64::MAX] {
+        expect(guest, RequestType::FLUSH, sector, 0, status::OK, 0);
+        expect(guest, RequestType::FLUSH, sector, 512, status::OK, 0);
+    }
+    let ops = scene.disk.ops.lock().unwrap();
+    let flushes = ops.iter().filter(|op| **op == DiskOp::Flush).count();
+    assert_eq!(flushes, 12);
+}
