@@ -485,7 +485,10 @@ impl Worker for BlockWorker {
     fn arm(&mut self) -> bool {
         self.armed = true;
         self.counters.arms.add(1);
-        !self.broken && !self.stopping && self.queue.arm()
+        // A request that the lane had no room for waits for the lane, and the
+        // others behind it: looking at the ring again would help nobody.
+        let fetching = !self.broken && !self.stopping && self.stalled.is_none();
+        fetching && self.queue.arm()
     }
 
     fn begin_stop(&mut self) {

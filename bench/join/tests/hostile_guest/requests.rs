@@ -298,3 +298,34 @@ fn a_flush_of_any_sector_is_a_flush() {
     let flushes = ops.iter().filter(|op| **op == DiskOp::Flush).count();
     assert_eq!(flushes, 12);
 }
+
+#[test]
+fn a_disk_with_less_room_than_the_queue_is_waited_for_not_spun_on() {
+    // A worker with a request that does not fit must sleep until the disk has
+    // room, although the ring has more (OpenVMM #4036: a worker that spins).
+    let machine = Machine::new();
+    let mut disk = RecordingDisk::new(SECTORS);
+    disk.depth = 2;
+    disk.allow(0);
+    let mut guest = machine.guest(Arc::new(disk.clone()), options(), LOW.start);
+    guest.boot();
+    for index in 0..4u16 {
+        let sector = u64::from(index);
+        let header = guest.set_header(sector, RequestType::IN, sector);
+        let data = guest.layout.data + 0x400 * sector;
+        guest.post_at(2 * index, &[readable(header, 16), writable(data, 513)]);
+    }
+    guest.kick();
+    guest.steps().run();
+    assert_eq!(guest.used(), []);
+    for done in 1..=4 {
+        disk.allow(1);
+        guest.serve();
+        guest.steps().run();
+        assert_eq!(guest.used().len(), 1, "request {done}");
+    }
+    for sector in 0..4 {
+        let data = guest.layout.data + 0x400 * sector;
+        assert_eq!(guest.peek(data, 512), pattern(sector, 512));
+    }
+}
