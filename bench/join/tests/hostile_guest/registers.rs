@@ -415,3 +415,20 @@ fn registers_at_random() {
         assert_eq!(guest.request(RequestType::FLUSH, 0, 0), Ok(0));
     }
 }
+
+#[test]
+fn a_status_of_which_only_the_low_byte_is_zero_resets_like_zero() {
+    let mut scene = Scene::new();
+    let guest = &mut scene.guest;
+    for high in [0x100, 0xff00, 0xffff_ff00] {
+        guest
+            .set_register(mmio::QUEUE_SEL, 5)
+            .set_register(mmio::DEVICE_FEATURES_SEL, 7)
+            .set_register(mmio::STATUS, high);
+        assert!(guest.status().is_empty());
+        assert_ne!(guest.register(mmio::QUEUE_SIZE_MAX), 0, "queue 0");
+        assert_ne!(guest.register(mmio::DEVICE_FEATURES), 0, "window 0");
+        guest.boot();
+        assert!(guest.works(1));
+    }
+}
