@@ -40,7 +40,7 @@ pub const TRAILER_UNWRITTEN: u8 = 0xff;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct QueueCounters {
-    /// Requests shown to the device.
+    /// Requests posted, whether the device was shown them yet or not.
     pub posted: u64,
     /// Requests taken back.
     pub completed: u64,
@@ -114,6 +114,8 @@ pub(crate) struct Queue<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> {
     state: State,
     /// Whether the device was reset since it was last told about the queue.
     quiesced: bool,
+    /// Requests that the device was shown, of all that were posted.
+    shown: u64,
     counters: QueueCounters,
 }
 
@@ -162,6 +164,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             identity,
             state: State::Live,
             quiesced: true,
+            shown: 0,
             counters: QueueCounters::default(),
         })
     }
@@ -294,7 +297,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         slot.0 = Some(InFlight {
             lent,
             extra,
-            position: ring.position(),
+            number: self.counters.posted,
             descriptors,
             segments,
             writable,
@@ -316,6 +319,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         }
         let Ring::Split(ring) = &mut self.shared.ring;
         let Some(kick) = ring.publish() else { return };
+        self.shown = self.counters.posted;
         self.counters.published += 1;
         if kick {
             self.counters.kicks += 1;
@@ -357,7 +361,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             return Err(Fault::NotInFlight { id });
         };
         let request = match slot {
-            Some(request) if ring.is_published(request.position) => request,
+            Some(request) if request.number < self.shown => request,
             _ => return Err(Fault::NotInFlight { id }),
         };
         if len > request.writable {

@@ -161,12 +161,6 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.published.wrapping_sub(self.used_idx)
     }
 
-    /// Whether the device was shown the chain that got index `position`, one
-    /// of the last 32,768.
-    pub(super) fn is_published(&self, position: u16) -> bool {
-        (self.published.wrapping_sub(position).wrapping_sub(1) as i16) >= 0
-    }
-
     pub(super) fn free(&self) -> u16 {
         self.free
     }
