@@ -7,6 +7,7 @@
 //! (arXiv 2109.10660), and some that follow from how this driver is made.
 
 mod completions;
+mod leaks;
 mod negotiation;
 mod recovery;
 

@@ -469,18 +469,26 @@ impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> Drop for Queue<B, X, S, 
             // given back by `reclaim`; a `Lent` leaks what is left.
             return;
         }
-        // The device may still write to all of it.
+        // The device may still use all of it.
         let Shared {
-            ring, area, slots, ..
+            ring,
+            area,
+            slots,
+            segments,
         } = shared;
         match ring {
             Ring::Split(ring) => ring.leak(),
         }
         area.leak();
-        for slot in slots.iter() {
-            if let Some(InFlight { writable, .. }) = &slot.0 {
-                self.space.leaked(*writable as usize);
-            }
+        let most = usize::from(self.shape.max_segments);
+        for (index, slot) in slots.iter().enumerate() {
+            let Some(request) = &slot.0 else { continue };
+            let first = index * most;
+            let lent = segments
+                .get(first..first + usize::from(request.segments))
+                .unwrap_or(&[]);
+            self.space
+                .leaked(lent.iter().map(|segment| segment.len as usize).sum());
         }
     }
 }
