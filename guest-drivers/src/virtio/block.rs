@@ -160,14 +160,23 @@ impl<T: Transport> Block<T> {
             queue,
             limits: block.limits,
         };
-        if let Err(error) = init::driver_ok(&mut block.transport) {
-            // Hand the memory back if the device can still be reset.
-            if let Ok(proof) = block.transport.reset() {
+        block.go(&mut queue)?;
+        Ok((block, queue))
+    }
+
+    /// Sets DRIVER_OK. If the device breaks then, the queue is retired, and
+    /// its memory handed back if the device can still be reset.
+    fn go<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &mut self,
+        queue: &mut QueueOf<B, S, T>,
+    ) -> Result<(), InitError> {
+        init::driver_ok(&mut self.transport).inspect_err(|_| {
+            queue.queue.stop();
+            if let Ok(proof) = self.transport.reset() {
+                // Nothing was posted since the queue was made or restarted.
                 queue.queue.reclaim(&proof, &mut |_, _| {});
             }
-            return Err(error);
-        }
-        Ok((block, queue))
+        })
     }
 
     /// The features in use.
@@ -211,8 +220,9 @@ impl<T: Transport> Block<T> {
     /// before.
     ///
     /// # Errors
-    /// [`InitError`]. If the device could not be reset, no request comes back
-    /// and the queue stays retired; otherwise all have come back.
+    /// [`InitError`]; the queue stays retired, and recovering can be tried
+    /// again. Requests come back as soon as the device has been reset, whatever
+    /// goes wrong after that, and none of them before.
     pub fn recover<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
         &mut self,
         queue: &mut QueueOf<B, S, T>,
@@ -259,7 +269,7 @@ impl<T: Transport> Block<T> {
         queue.limits = self.limits;
         let at = queue.queue.restart(self.transport.identity(0));
         self.transport.set_up_queue(0, at);
-        init::driver_ok(&mut self.transport)
+        self.go(queue)
     }
 
     /// Stops the device for good: outstanding requests come back through

@@ -10,7 +10,7 @@ use pvkit_join::disk::pattern;
 use pvkit_join::hostile::Noise;
 use pvkit_join::hostile::device::{Device, device};
 use pvkit_protocol::virtio::block::BlockFeatures;
-use pvkit_protocol::virtio::{Features, mmio};
+use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
 
 /// The device comes back different: recovering fails with `expected`, every
 /// request comes back all the same, the queue stays retired; and with the
@@ -278,4 +278,49 @@ fn faults_and_recoveries_without_end() {
         .unwrap();
     assert_eq!(out, [0; 0]);
     assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+}
+
+#[test]
+fn a_device_that_refuses_or_breaks_again() {
+    changed(
+        "FEATURES_OK falls",
+        |scene| InitError::Refused {
+            asked: scene.block.features(),
+        },
+        |device| {
+            device.lie(mmio::STATUS, |status| status & !8);
+        },
+    );
+    let running = DeviceStatus::ACKNOWLEDGE
+        | DeviceStatus::DRIVER
+        | DeviceStatus::FEATURES_OK
+        | DeviceStatus::DRIVER_OK;
+    let status = running | DeviceStatus::DEVICE_NEEDS_RESET;
+    changed(
+        "NEEDS_RESET at DRIVER_OK",
+        |_| InitError::NotReady(status),
+        |device| {
+            device.lie(mmio::STATUS, |status| {
+                if status & 4 != 0 {
+                    status | 0x40
+                } else {
+                    status
+                }
+            });
+        },
+    );
+    let mut generation = 0;
+    let mut scene = Scene::new(true);
+    scene.post();
+    scene.device().lie(mmio::CONFIG_GENERATION, move |_| {
+        generation += 1;
+        generation
+    });
+    let mut back = Vec::new();
+    let Scene { block, queue, .. } = &mut scene;
+    let result = block.recover(queue, &mut |done| back.push(done));
+    assert_eq!(result, Err(InitError::ConfigUnstable(64)));
+    assert_came_back("unstable", back, &[0, 1, 2, 3]);
+    scene.assert_retired("unstable");
+    scene.assert_recovers("unstable", &[]);
 }

@@ -419,6 +419,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         }
     }
 
+    /// Retires the queue without a fault to report: somebody else reports it.
+    pub(crate) fn stop(&mut self) {
+        self.state = State::Retired;
+    }
+
     /// Hands back every outstanding request, now that the device has let go.
     /// Returns whether the proof was about this queue.
     pub(crate) fn reclaim(&mut self, proof: &Quiesced, each: &mut dyn FnMut(X, Option<B>)) -> bool {
