@@ -162,6 +162,19 @@ fn devices_that_break_at_driver_ok() {
             }
         });
     });
+    // One that reset itself, or never took it.
+    for bits in [0, 0x0b] {
+        let status = DeviceStatus::from_bits_retain(bits);
+        refused("DRIVER_OK falls", InitError::NotReady(status), |device| {
+            device.lie(mmio::STATUS, move |status| {
+                if status & ok != 0 {
+                    u32::from(bits)
+                } else {
+                    status
+                }
+            });
+        });
+    }
     refused(
         "FAILED",
         InitError::NotReady(running | DeviceStatus::FAILED),
