@@ -257,9 +257,9 @@ impl<T: Transport> Block<T> {
             });
         }
         let limits = self.read_limits()?;
-        let size = queue.queue.size();
+        self.check_still_fits(&limits)?;
         let offered = self.transport.queue_max_size(0);
-        if u32::from(size.get()) > offered || limits.max_segments < self.limits.max_segments {
+        if u32::from(queue.queue.size().get()) > offered {
             return Err(InitError::Config {
                 field: "queue size",
                 value: u64::from(offered),
@@ -296,6 +296,26 @@ impl<T: Transport> Block<T> {
                     result: Err(BlockError::Reset),
                 });
             });
+        Ok(())
+    }
+
+    /// Whether the limits that the driver goes on with hold after a reset, too:
+    /// all but the capacity stay as they were when the device was opened.
+    fn check_still_fits(&self, now: &BlockLimits) -> Result<(), InitError> {
+        let own = &self.limits;
+        let bad = |field, value: u32| {
+            let value = u64::from(value);
+            Err(InitError::Config { field, value })
+        };
+        if now.block_bytes != own.block_bytes {
+            return bad("blk_size", now.block_bytes);
+        }
+        if now.max_segments < own.max_segments {
+            return bad("seg_max", u32::from(now.max_segments));
+        }
+        if now.max_segment_bytes < own.max_segment_bytes {
+            return bad("size_max", now.max_segment_bytes);
+        }
         Ok(())
     }
 

@@ -324,3 +324,39 @@ fn a_device_that_refuses_or_breaks_again() {
     scene.assert_retired("unstable");
     scene.assert_recovers("unstable", &[]);
 }
+
+#[test]
+fn queues_and_limits_that_shrink() {
+    let config = |field, value| InitError::Config { field, value };
+    for max in [0, 1, 4, 128, 255] {
+        changed(
+            &format!("queue of {max}"),
+            |_| config("queue size", u64::from(max)),
+            |device| device.queue_max = max,
+        );
+    }
+    for count in [1, 2, 15] {
+        changed(
+            &format!("seg_max {count}"),
+            |_| config("seg_max", u64::from(count)),
+            |device| device.config.seg_max.set(count),
+        );
+    }
+    changed(
+        "size_max",
+        |_| config("size_max", 4096),
+        |device| device.config.size_max.set(4096),
+    );
+    for size in [4096, 1 << 20] {
+        changed(
+            "blk_size",
+            |_| config("blk_size", u64::from(size)),
+            |device| device.config.blk_size.set(size),
+        );
+    }
+    changed(
+        "capacity",
+        |_| config("capacity", u64::MAX),
+        |device| device.config.capacity.set(u64::MAX),
+    );
+}
