@@ -13,11 +13,14 @@
 //! - [`disk`] is a disk that holds requests back until it is told to go on.
 //! - [`hostile`] has a guest that writes what it likes, and a device that
 //!   lies.
+//! - [`fuzz`] plays scripts in which everything changes under both sides.
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
 pub mod arena;
 pub mod disk;
+#[allow(unsafe_code)]
+pub mod fuzz;
 pub mod hostile;
 pub mod stepped;
 #[allow(unsafe_code)]

@@ -15,6 +15,7 @@ struct Lane {
     events: Arc<dyn DeviceEvents>,
     /// Armed and waiting for a source.
     asleep: bool,
+    broken: bool,
     done: bool,
 }
 
@@ -47,7 +48,11 @@ impl Lane {
     fn poll(&mut self, lane: usize, budget: u32) -> Progress {
         let progress = self.worker.poll(budget);
         match progress {
-            Progress::Broken(fault) => self.events.needs_reset(lane as u16, fault),
+            Progress::Broken(fault) => {
+                assert!(!self.broken, "a fault is reported once, and not {fault}");
+                self.broken = true;
+                self.events.needs_reset(lane as u16, fault);
+            }
             Progress::Stopped => self.done = true,
             Progress::More | Progress::Drained => {}
         }
@@ -64,13 +69,28 @@ impl Lane {
 }
 
 impl Steps {
-    /// Polls every lane once, whether it sleeps or not.
+    /// Polls every lane once, whether it sleeps or not; it is awake then.
+    ///
+    /// # Panics
+    /// If a lane reports a second fault.
     pub fn poll(&self, budget: u32) -> Vec<Progress> {
         let mut lanes = lock(&self.0);
         let lanes = lanes.iter_mut().enumerate();
         lanes
-            .filter_map(|(index, lane)| Some(lane.as_mut()?.poll(index, budget)))
+            .filter_map(|(index, lane)| {
+                let lane = lane.as_mut()?;
+                lane.asleep = false;
+                Some(lane.poll(index, budget))
+            })
             .collect()
+    }
+
+    /// Arms every lane, as before sleeping, and leaves it awake. Whether any
+    /// says that there is work.
+    pub fn arm(&self) -> bool {
+        let mut lanes = lock(&self.0);
+        let lanes = lanes.iter_mut().flatten();
+        lanes.fold(false, |work, lane| lane.worker.arm() | work)
     }
 
     /// Lets every lane do what a thread would do that spins for no time: if it
@@ -127,6 +147,7 @@ impl Executor for Stepped {
             worker,
             events,
             asleep: false,
+            broken: false,
             done: false,
         });
         Ok(())
