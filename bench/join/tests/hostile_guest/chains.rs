@@ -432,7 +432,6 @@ fn what_is_unusual_but_right_works() {
             .set_table(table, &linked(0, &[writable(data, 512), ends[1]]))
             .post(&[ends[0], indirect(table, 32)]);
     });
-    // CVE-2016-5403's neighbour: as long as a chain may be, and not longer.
     works("the longest chain", data, |guest| {
         let mut chain = vec![ends[0]];
         chain.extend((0..125).map(|byte| writable(data + byte, 1)));

@@ -4,6 +4,7 @@
 //! again after it, and other devices never notice.
 
 mod chains;
+mod draining;
 mod memory;
 mod registers;
 mod requests;

@@ -2,9 +2,11 @@
 
 use super::{SECTORS, Scene, attack, options};
 use pvkit_host::disk::MemoryDisk;
-use pvkit_host::virtio::block::BlockOptions;
-use pvkit_host::virtio::queue::Fault;
-use pvkit_host::worker::Progress;
+use pvkit_host::event::EventFd;
+use pvkit_host::virtio::block::{Block, BlockOptions};
+use pvkit_host::virtio::device::{Device, LaneResources};
+use pvkit_host::virtio::queue::{Fault, QueueAddresses, QueueResources, QueueState};
+use pvkit_host::worker::{LaneState, Progress, SignalCounter};
 use pvkit_join::disk::pattern;
 use pvkit_join::hostile::Noise;
 use pvkit_join::hostile::guest::{
@@ -12,14 +14,15 @@ use pvkit_join::hostile::guest::{
 };
 use pvkit_protocol::virtio::block::{RequestHeader, RequestType, status};
 use pvkit_protocol::virtio::mmio::InterruptStatus;
+use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{DeviceStatus, Features};
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 #[test]
 fn an_index_that_jumps_or_runs_backwards() {
-    // CVE-2016-5403 (QEMU) and rust-vmm's queue: more than the queue holds.
-    // The scene has served one request, so the device stands at 1.
+    // rust-vmm's queue: more than the queue holds. The scene has served one
+    // request, so the device stands at 1.
     for to in [0, 10, 11, 0x7fff, 0x8000, 0x8001, 0xffff] {
         let fault = Fault::IndexJump {
             from: 1,
@@ -83,7 +86,7 @@ fn the_same_head_twice() {
 
 #[test]
 fn more_in_flight_than_the_queue_is_long() {
-    // OpenVMM #4002.
+    // OpenVMM #4002, CVE-2016-5403 (QEMU).
     let mut scene = Scene::new();
     scene.disk.allow(0);
     let guest = &mut scene.guest;
@@ -161,6 +164,104 @@ fn requests_in_flight_when_the_queue_breaks_finish_unseen() {
         "data arrives, but nothing is answered"
     );
     scene.assert_broken_until_reset("in flight");
+}
+
+#[test]
+fn an_index_that_moves_back_once_it_was_seen() {
+    // The entries that were seen are served; then the index runs backwards.
+    let mut scene = Scene::new();
+    let guest = &mut scene.guest;
+    four_requests(guest);
+    let steps = guest.steps();
+    assert_eq!(steps.poll(1), [Progress::More]);
+    guest.set_index(2);
+    let served = guest.serve();
+    assert_eq!(guest.used().len(), 4);
+    let (from, to, size) = (5, 2, 8);
+    assert_eq!(served.fault, Some(Fault::IndexJump { from, to, size }));
+    scene.assert_broken_until_reset("back to 2");
+}
+
+#[test]
+fn entries_and_descriptors_that_change_once_the_index_was_seen() {
+    // The device has seen four entries and served one. What it finds when it
+    // comes to the others is what counts, whatever was there before.
+    let mut scene = Scene::new();
+    let guest = &mut scene.guest;
+    four_requests(guest);
+    let steps = guest.steps();
+    assert_eq!(steps.poll(1), [Progress::More]);
+    for slot in 0..8 {
+        guest.set_available(slot, 6);
+    }
+    assert_eq!(guest.serve().fault, None);
+    assert_eq!(guest.used(), [(0, 513), (6, 513), (6, 513), (6, 513)]);
+    assert!(guest.works(3));
+}
+
+#[test]
+fn a_state_to_continue_from_that_is_nonsense() {
+    // Firecracker 7b01bdc1e: corrupt state. Any pair of indices is a state
+    // that a queue can be in; one that does not fit the ring is a fault.
+    let machine = Machine::new();
+    let memory = machine.memory();
+    let layout = Layout::at(LOW.start);
+    let size = QueueSize::new(8).unwrap();
+    let mut noise = Noise::new(3);
+    for round in 0..2_000 {
+        let index = noise.next_u64() as u16;
+        let bytes = index.to_le_bytes();
+        memory.snapshot().write(layout.avail + 2, &bytes).unwrap();
+        let next_avail = match round % 4 {
+            0 => index,
+            1 => index.wrapping_sub(noise.below(9) as u16),
+            _ => noise.next_u64() as u16,
+        };
+        let next_used = noise.next_u64() as u16;
+        let queue = QueueState {
+            next_avail,
+            next_used,
+        };
+        // Of too many queues, the first counts; of none, a fresh one.
+        let queues = vec![queue; noise.below(3) as usize];
+        let fresh = queues.is_empty();
+        let resources = LaneResources {
+            memory: memory.clone(),
+            queues: vec![QueueResources {
+                at: QueueAddresses {
+                    size,
+                    descriptors: layout.descriptors,
+                    driver: layout.avail,
+                    device: layout.used,
+                },
+                signal: Arc::new(SignalCounter::default()),
+                kick: Arc::new(EventFd::new().unwrap()),
+            }],
+        };
+        let mut device = Block::new(Arc::new(MemoryDisk::new(8)), options()).unwrap();
+        let mut worker = device
+            .start(
+                0,
+                resources,
+                Features::VERSION_1,
+                Some(LaneState { queues }),
+            )
+            .unwrap();
+        let from = if fresh { 0 } else { next_avail };
+        let progress = worker.poll(64);
+        if index.wrapping_sub(from) > 8 {
+            let (to, size) = (index, 8);
+            let fault = Fault::IndexJump { from, to, size };
+            assert_eq!(progress, Progress::Broken(fault));
+        } else if index == from {
+            assert_eq!(progress, Progress::Drained);
+        } else {
+            // There are no descriptors: the first chain is empty.
+            assert_eq!(progress, Progress::Broken(Fault::Empty { head: 0 }));
+        }
+        worker.begin_stop();
+        assert_eq!(worker.poll(64), Progress::Stopped);
+    }
 }
 
 #[test]

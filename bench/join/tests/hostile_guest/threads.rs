@@ -18,6 +18,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+/// On a busy machine, fewer rounds will do.
+const ENOUGH: Duration = Duration::from_secs(2);
+
 fn threads() -> Box<Threads> {
     let options = ThreadOptions {
         spin: Duration::from_micros(20),
@@ -47,7 +50,11 @@ fn rewrite_for(disk: Arc<dyn Disk>, rounds: u32, seed: u64) {
     let mut noise = Noise::new(seed);
     guest.boot();
     let mut resets = 0;
+    let start = Instant::now();
     for round in 0..rounds {
+        if start.elapsed() > ENOUGH {
+            break;
+        }
         let layout = guest.layout;
         for _ in 0..20 {
             match noise.below(8) {
@@ -164,7 +171,11 @@ fn flip_between(disk: Arc<dyn Disk>, rounds: u32, seed: u64) {
     let mut noise = Noise::new(seed + 1);
     let mut outstanding = BTreeSet::new();
     let (mut next_tag, mut faults, mut done_right) = (0u64, 0, 0);
+    let start = Instant::now();
     for round in 0..rounds {
+        if start.elapsed() > ENOUGH {
+            break;
+        }
         for _ in 0..noise.below(12) {
             let sector = noise.below(SECTORS);
             let op = match noise.below(4) {
