@@ -75,16 +75,16 @@ fn chains_that_are_too_long() {
         head: 0,
         most: LONGEST,
     };
-    attack("direct descriptors and a full table", fault, |guest| {
-        let table = guest.layout.table;
-        let [header, data, _] = parts(guest);
-        let entries = vec![data; usize::from(LONGEST)];
-        guest.set_table(table, &linked(0, &entries)).post(&[
-            header,
-            data,
-            indirect(table, 16 * u32::from(LONGEST)),
-        ]);
-    });
+    for direct in [1, 2, 7] {
+        attack("direct descriptors and a full table", fault, |guest| {
+            let table = guest.layout.table;
+            let [header, data, _] = parts(guest);
+            let entries = vec![data; usize::from(LONGEST)];
+            let mut chain = vec![header; direct];
+            chain.push(indirect(table, 16 * u32::from(LONGEST)));
+            guest.set_table(table, &linked(0, &entries)).post(&chain);
+        });
+    }
 }
 
 #[test]
