@@ -1,6 +1,6 @@
 //! The available ring, the events, and where the rings lie.
 
-use super::{SECTORS, Scene, attack, options};
+use super::{Ready, SECTORS, Scene, attack, options};
 use pvkit_host::disk::MemoryDisk;
 use pvkit_host::event::EventFd;
 use pvkit_host::virtio::block::{Block, BlockOptions};
@@ -390,6 +390,11 @@ fn rings_where_they_cannot_be() {
                 .contains(InterruptStatus::CONFIG_CHANGE),
             "{name}"
         );
+        assert_eq!(guest.interrupts.count(), 1, "{name}");
+        // There is no second start in the same life, wherever the rings go.
+        guest.place(right).go();
+        guest.set_status(DeviceStatus::all_of_a_driver());
+        assert_eq!(guest.serve().polls, 1, "{name}: there is no worker");
         assert_eq!(guest.interrupts.count(), 1, "{name}");
         scene.assert_broken_until_reset(&name);
     }
