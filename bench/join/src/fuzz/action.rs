@@ -148,6 +148,17 @@ pub enum Action {
         /// Its next one.
         next: u8,
     },
+    /// A request's header is rewritten.
+    Header {
+        /// Of which slot.
+        slot: u8,
+        /// The kind of request.
+        kind: u8,
+        /// The sector, before it is shifted.
+        sector: u16,
+        /// By how many bits it is shifted left.
+        shift: u8,
+    },
     /// A register is read, of any width and at any offset.
     Read {
         /// Where.
@@ -178,7 +189,7 @@ pub enum Action {
 
 impl<'a> Arbitrary<'a> for Action {
     fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
-        Ok(match u8::arbitrary(u)? % 24 {
+        Ok(match u8::arbitrary(u)? % 25 {
             // What makes progress comes up more often.
             0..3 => Self::Submit {
                 kind: u.arbitrary()?,
@@ -230,10 +241,16 @@ impl<'a> Arbitrary<'a> for Action {
                 width: u.arbitrary()?,
                 value: u.arbitrary()?,
             },
-            _ => Self::Lie {
+            23 => Self::Lie {
                 register: u.arbitrary()?,
                 mask: u.arbitrary()?,
                 times: u.arbitrary()?,
+            },
+            _ => Self::Header {
+                slot: u.arbitrary()?,
+                kind: u.arbitrary()?,
+                sector: u.arbitrary()?,
+                shift: u.arbitrary()?,
             },
         })
     }

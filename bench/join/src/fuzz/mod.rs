@@ -34,10 +34,12 @@ use pvkit_host::bus::BusDevice;
 use pvkit_host::virtio::block::{Block as Device, BlockOptions as DeviceOptions};
 use pvkit_host::virtio::transport::MmioTransport as HostTransport;
 use pvkit_host::worker::{Progress, SignalCounter};
+use pvkit_protocol::virtio::block::{RequestHeader, RequestType};
 use pvkit_protocol::virtio::split::{AVAIL_IDX, USED_IDX, USED_RING};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use zerocopy::IntoBytes;
 
 const ARENA_BYTES: usize = 256 * 1024;
 const SECTORS: u64 = 64;
@@ -411,6 +413,25 @@ impl World {
                 descriptor[12] = flags;
                 descriptor[14] = next;
                 self.poke(addr, &descriptor);
+            }
+            Action::Header {
+                slot,
+                kind,
+                sector,
+                shift,
+            } => {
+                let (start, len) = self.area(Area::Slots);
+                let size = u64::from(self.setup.queue_size);
+                let addr = start + u64::from(slot) % size * (len / size);
+                let kind = match kind % 5 {
+                    0 => RequestType::IN,
+                    1 => RequestType::OUT,
+                    2 => RequestType::FLUSH,
+                    3 => RequestType::GET_ID,
+                    _ => RequestType(u32::from(kind)),
+                };
+                let sector = u64::from(sector) << (shift % 64);
+                self.poke(addr, RequestHeader::new(kind, sector).as_bytes());
             }
             Action::Write {
                 offset,
