@@ -44,9 +44,11 @@ pub struct Guest {
     pub ram: Arc<Snapshot>,
     /// The device's registers.
     pub wire: Wire,
+    /// The queue that it plays with.
+    pub queue: u32,
     /// Where the guest keeps what.
     pub layout: Layout,
-    /// Size of the queue that [`boot`](Guest::boot) places.
+    /// Size of that queue.
     pub size: u16,
     /// The available index that the guest showed last.
     pub offered: u16,
@@ -62,6 +64,32 @@ pub struct Guest {
 const PATIENCE: usize = 20_000;
 
 const PAGE: usize = 4096;
+
+impl Guest {
+    /// The same guest with its hands on another queue of the device.
+    #[must_use]
+    pub fn at_queue(&self, queue: u32, base: u64) -> Self {
+        Self {
+            ram: self.ram.clone(),
+            wire: self.wire.clone(),
+            queue,
+            layout: Layout::at(base),
+            size: self.size,
+            offered: 0,
+            interrupts: self.interrupts.clone(),
+            counters: self.counters.clone(),
+            looked: 0,
+            steps: self.steps.clone(),
+        }
+    }
+
+    /// Steps the device by `steps` from now on.
+    #[must_use]
+    pub fn stepped_by(mut self, steps: Steps) -> Self {
+        self.steps = Some(steps);
+        self
+    }
+}
 
 /// # Registers
 impl Guest {
@@ -132,7 +160,7 @@ impl Guest {
         self.status().contains(DeviceStatus::FEATURES_OK)
     }
 
-    /// Writes the addresses of queue 0 and nothing else.
+    /// Writes the addresses of the selected queue and nothing else.
     pub fn place(&mut self, layout: Layout) -> &mut Self {
         for (low, high, address) in [
             (
@@ -153,7 +181,7 @@ impl Guest {
         self
     }
 
-    /// Sets up queue 0 as [`layout`](Guest::layout) and [`size`](Guest::size)
+    /// Sets up the queue as [`layout`](Guest::layout) and [`size`](Guest::size)
     /// say, and zeroes the rings where there is RAM.
     pub fn set_up_queue(&mut self) -> &mut Self {
         let layout = self.layout;
@@ -169,8 +197,8 @@ impl Guest {
         }
         self.offered = 0;
         self.looked = 0;
-        let size = u32::from(self.size);
-        self.set_register(mmio::QUEUE_SEL, 0)
+        let (queue, size) = (self.queue, u32::from(self.size));
+        self.set_register(mmio::QUEUE_SEL, queue)
             .set_register(mmio::QUEUE_SIZE, size)
             .place(layout)
             .set_register(mmio::QUEUE_READY, 1)
@@ -220,9 +248,10 @@ impl Guest {
         true
     }
 
-    /// Rings the doorbell of queue 0.
+    /// Rings the doorbell.
     pub fn kick(&mut self) -> &mut Self {
-        self.set_register(mmio::QUEUE_NOTIFY, 0)
+        let queue = self.queue;
+        self.set_register(mmio::QUEUE_NOTIFY, queue)
     }
 }
 

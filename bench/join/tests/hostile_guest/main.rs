@@ -5,6 +5,7 @@
 
 mod chains;
 mod draining;
+mod lanes;
 mod memory;
 mod registers;
 mod requests;

@@ -8,7 +8,8 @@ use crate::wire::Wire;
 use pvkit_host::disk::Disk;
 use pvkit_host::executor::Executor;
 use pvkit_host::memory::GuestMemory;
-use pvkit_host::virtio::block::{Block, BlockOptions};
+use pvkit_host::virtio::block::{Block, BlockCounters, BlockOptions};
+use pvkit_host::virtio::device::Device;
 use pvkit_host::virtio::transport::MmioTransport;
 use pvkit_host::worker::SignalCounter;
 use pvkit_protocol::virtio::split::{Descriptor, DescriptorFlags};
@@ -101,9 +102,8 @@ impl Machine {
     #[must_use]
     pub fn guest(&self, disk: Arc<dyn Disk>, options: BlockOptions, base: u64) -> Guest {
         let (executor, steps) = stepped();
-        let mut guest = self.guest_on(disk, options, base, Box::new(executor));
-        guest.steps = Some(steps);
-        guest
+        self.guest_on(disk, options, base, Box::new(executor))
+            .stepped_by(steps)
     }
 
     /// The same, driven by `executor`.
@@ -118,20 +118,32 @@ impl Machine {
         base: u64,
         executor: Box<dyn Executor>,
     ) -> Guest {
-        let interrupts = Arc::new(SignalCounter::default());
         let device = Block::new(disk, options).expect("block options");
         let counters = device.counters();
-        let transport = MmioTransport::new(
-            Box::new(device),
-            self.memory.clone(),
-            executor,
-            interrupts.clone(),
-        )
-        .expect("event counters");
+        self.guest_of(Box::new(device), counters, base, executor)
+    }
+
+    /// Any device, of which the guest plays with queue 0.
+    ///
+    /// # Panics
+    /// If the host has no resources.
+    #[must_use]
+    pub fn guest_of(
+        &self,
+        device: Box<dyn Device>,
+        counters: Arc<BlockCounters>,
+        base: u64,
+        executor: Box<dyn Executor>,
+    ) -> Guest {
+        let interrupts = Arc::new(SignalCounter::default());
+        let transport =
+            MmioTransport::new(device, self.memory.clone(), executor, interrupts.clone())
+                .expect("event counters");
         Guest {
             ram: self.memory.snapshot(),
             wire: Wire::new(transport),
             steps: None,
+            queue: 0,
             layout: Layout::at(base),
             size: 8,
             offered: 0,
