@@ -124,8 +124,9 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         for offset in (0..self.memory.bytes()).step_by(2) {
             self.memory.write_u16(offset, 0);
         }
-        for (index, next) in self.next.iter_mut().enumerate() {
-            *next = index as u16 + 1;
+        // The storage may be longer than the queue.
+        for (next, following) in self.next.iter_mut().zip(1..=self.size.get()) {
+            *next = following;
         }
         self.first_free = 0;
         self.free = self.size.get();
