@@ -233,7 +233,6 @@ impl Driver {
         loop {
             if !stopping && self.stop.asked.load(Ordering::Acquire) {
                 stopping = true;
-                self.stop.wake.take();
                 self.worker.begin_stop();
             }
             match self.worker.poll(self.options.budget) {
@@ -288,9 +287,99 @@ impl Driver {
         });
         loop {
             match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) => return Ok(()),
+                Ok(_) => {
+                    // Whoever wakes has asked before. Taken here and not where
+                    // that is seen, which may be earlier: a wake-up that is
+                    // left would end every later wait at once.
+                    self.stop.wake.take();
+                    return Ok(());
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::queue::Fault;
+    use crate::worker::LaneState;
+    use std::os::fd::{AsFd, BorrowedFd};
+
+    /// A worker that has something in flight until `done` says otherwise.
+    #[derive(Debug)]
+    struct Busy {
+        done: Arc<EventFd>,
+        stopping: bool,
+    }
+
+    impl Worker for Busy {
+        fn poll(&mut self, _budget: u32) -> Progress {
+            if self.stopping && self.done.take() > 0 {
+                Progress::Stopped
+            } else {
+                Progress::Drained
+            }
+        }
+        fn arm(&mut self) -> bool {
+            false
+        }
+        fn begin_stop(&mut self) {
+            self.stopping = true;
+        }
+        fn sources<'a>(&'a self, each: &mut dyn FnMut(BorrowedFd<'a>, Interest)) {
+            each(self.done.as_fd(), Interest::Readable);
+        }
+        fn state(&self) -> LaneState {
+            LaneState::default()
+        }
+    }
+
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl DeviceEvents for Nobody {
+        fn config_changed(&self) {}
+        fn needs_reset(&self, lane: u16, fault: Fault) {
+            panic!("lane {lane}: {fault}");
+        }
+    }
+
+    #[test]
+    fn a_lane_that_is_asked_to_stop_sleeps_until_the_disk_is_done() {
+        let options = ThreadOptions {
+            spin: Duration::ZERO,
+            budget: 1,
+        };
+        let mut threads = Threads::new("test", options);
+        let done = Arc::new(EventFd::new().unwrap());
+        let worker = Busy {
+            done: done.clone(),
+            stopping: false,
+        };
+        threads
+            .start(0, Box::new(worker), Arc::new(Nobody))
+            .unwrap();
+        // Asking again is what the race between asking and waking looks like:
+        // a wake-up that comes after the request was seen.
+        for _ in 0..3 {
+            threads.begin_stop(0);
+            thread::sleep(Duration::from_millis(10));
+        }
+        let counters = lock(&threads.running)[0].counters.clone();
+        thread::sleep(Duration::from_millis(20));
+        let waits = counters.waits.get();
+        assert!(matches!(threads.stopped(0), Stopped::NotYet));
+        done.notify();
+        assert!(waits < 20, "{waits} waits");
+        let start = Instant::now();
+        loop {
+            match threads.stopped(0) {
+                Stopped::NotYet => assert!(start.elapsed() < Duration::from_secs(20)),
+                Stopped::Worker(_) => break,
+                Stopped::Gone => panic!("the thread died"),
             }
         }
     }

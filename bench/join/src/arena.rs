@@ -129,6 +129,16 @@ impl Arena {
         self.shared.leaked.load(Ordering::Relaxed)
     }
 
+    /// Takes back what drivers gave up, so that the arena can serve another
+    /// test.
+    ///
+    /// # Safety
+    /// Nothing of the arena is used any more, by drivers, devices or anybody.
+    pub unsafe fn take_back(&self) {
+        *self.shared.free() = BTreeMap::from([(0, self.shared.bytes)]);
+        self.shared.leaked.store(0, Ordering::Relaxed);
+    }
+
     /// From now on no buffer can be unmapped, as if the device kept them all.
     pub fn never_unmap(&self) {
         self.shared.never_unmap.store(true, Ordering::Relaxed);

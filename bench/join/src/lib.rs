@@ -11,12 +11,17 @@
 //! - [`stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
+//! - [`disk`] is a disk that holds requests back until it is told to go on.
 //! - [`hostile`] has a guest that writes what it likes, and a device that
 //!   lies.
+//! - [`fuzz`] plays scripts in which everything changes under both sides.
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
 pub mod arena;
+pub mod disk;
+#[allow(unsafe_code)]
+pub mod fuzz;
 pub mod hostile;
 pub mod ide;
 #[allow(unsafe_code)]

@@ -15,8 +15,13 @@ struct Lane {
     events: Arc<dyn DeviceEvents>,
     /// Armed and waiting for a source.
     asleep: bool,
+    broken: bool,
     done: bool,
 }
+
+/// How often a lane may be woken in vain, by a guest that rewrites its ring
+/// meanwhile, say.
+const PATIENCE: u32 = 10_000;
 
 type Lanes = Arc<Mutex<Vec<Option<Lane>>>>;
 
@@ -43,7 +48,11 @@ impl Lane {
     fn poll(&mut self, lane: usize, budget: u32) -> Progress {
         let progress = self.worker.poll(budget);
         match progress {
-            Progress::Broken(fault) => self.events.needs_reset(lane as u16, fault),
+            Progress::Broken(fault) => {
+                assert!(!self.broken, "a fault is reported once, and not {fault}");
+                self.broken = true;
+                self.events.needs_reset(lane as u16, fault);
+            }
             Progress::Stopped => self.done = true,
             Progress::More | Progress::Drained => {}
         }
@@ -60,18 +69,36 @@ impl Lane {
 }
 
 impl Steps {
-    /// Polls every lane once, whether it sleeps or not.
+    /// Polls every lane once, whether it sleeps or not; it is awake then.
+    ///
+    /// # Panics
+    /// If a lane reports a second fault.
     pub fn poll(&self, budget: u32) -> Vec<Progress> {
         let mut lanes = lock(&self.0);
         let lanes = lanes.iter_mut().enumerate();
         lanes
-            .filter_map(|(index, lane)| Some(lane.as_mut()?.poll(index, budget)))
+            .filter_map(|(index, lane)| {
+                let lane = lane.as_mut()?;
+                lane.asleep = false;
+                Some(lane.poll(index, budget))
+            })
             .collect()
+    }
+
+    /// Arms every lane, as before sleeping, and leaves it awake. Whether any
+    /// says that there is work.
+    pub fn arm(&self) -> bool {
+        let mut lanes = lock(&self.0);
+        let lanes = lanes.iter_mut().flatten();
+        lanes.fold(false, |work, lane| lane.worker.arm() | work)
     }
 
     /// Lets every lane do what a thread would do that spins for no time: if it
     /// sleeps and nothing wakes it, nothing; otherwise work until there is
     /// nothing left, arm, and sleep. Returns how many polls found work.
+    ///
+    /// # Panics
+    /// If a lane spins: it says that there is work, and finds none.
     pub fn run(&self) -> usize {
         let mut busy = 0;
         for (index, lane) in lock(&self.0).iter_mut().enumerate() {
@@ -80,9 +107,13 @@ impl Steps {
                 continue;
             }
             lane.asleep = false;
+            let mut in_vain = 0;
             loop {
                 match lane.poll(index, u32::MAX) {
-                    Progress::More => busy += 1,
+                    Progress::More => {
+                        busy += 1;
+                        in_vain = 0;
+                    }
                     Progress::Stopped => break,
                     Progress::Broken(_) => {}
                     Progress::Drained => {
@@ -90,6 +121,8 @@ impl Steps {
                             lane.asleep = true;
                             break;
                         }
+                        in_vain += 1;
+                        assert!(in_vain < PATIENCE, "lane {index} spins");
                     }
                 }
             }
@@ -114,6 +147,7 @@ impl Executor for Stepped {
             worker,
             events,
             asleep: false,
+            broken: false,
             done: false,
         });
         Ok(())

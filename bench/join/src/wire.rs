@@ -8,10 +8,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A device's registers, as a driver sees them.
-#[derive(Debug, Clone)]
-pub struct Wire {
-    device: Arc<Mutex<MmioTransport>>,
+#[derive(Debug)]
+pub struct Wire<D = MmioTransport> {
+    device: Arc<Mutex<D>>,
     counters: Arc<WireCounters>,
+}
+
+impl<D> Clone for Wire<D> {
+    fn clone(&self) -> Self {
+        Self {
+            device: self.device.clone(),
+            counters: self.counters.clone(),
+        }
+    }
 }
 
 /// Accesses that passed the wire.
@@ -22,10 +31,10 @@ struct WireCounters {
     kicks: AtomicU64,
 }
 
-impl Wire {
+impl<D: BusDevice> Wire<D> {
     /// A wire to `device`.
     #[must_use]
-    pub fn new(device: MmioTransport) -> Self {
+    pub fn new(device: D) -> Self {
         Self {
             device: Arc::new(Mutex::new(device)),
             counters: Arc::default(),
@@ -33,7 +42,7 @@ impl Wire {
     }
 
     /// The device, for anything that a driver would not do.
-    pub fn device(&self) -> MutexGuard<'_, MmioTransport> {
+    pub fn device(&self) -> MutexGuard<'_, D> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -81,7 +90,7 @@ impl Wire {
 
 // SAFETY: each call is one access to the device, under its lock; the lock also
 // orders it with everything before.
-unsafe impl Registers for Wire {
+unsafe impl<D: BusDevice + 'static> Registers for Wire<D> {
     fn len(&self) -> usize {
         MmioTransport::WINDOW_BYTES as usize
     }

@@ -423,6 +423,43 @@ fn storage_can_be_handed_in() {
 }
 
 #[test]
+fn storage_may_be_larger_than_the_queue() {
+    let disk = MemoryDisk::from_bytes(pattern(0, 64 * 512));
+    let device = DeviceOptions {
+        queue_size: 8,
+        ..DeviceOptions::default()
+    };
+    let (join, steps) = Join::stepped(Arc::new(disk), device, 4 << 20);
+    // More than a 16-bit number of everything.
+    let slots: Vec<_> = (0..70_000).map(|_| Slot::new()).collect();
+    let storage = QueueStorage::<Vec<u8>, _> {
+        slots: slots.leak().into(),
+        links: vec![0; 70_000].leak().into(),
+        segments: vec![Default::default(); 70_000].leak().into(),
+    };
+    let (_block, mut queue) = Block::open_in(
+        join.transport(),
+        join.space(),
+        BlockOptions::default(),
+        storage,
+    )
+    .unwrap();
+    assert_eq!(queue.depth(), 8);
+    for tag in 0..8 {
+        let op = BlockOp::Read { sector: tag };
+        queue.submit(op, Some(vec![0; 512]), tag).unwrap();
+    }
+    let refused = queue.submit(BlockOp::Flush, None, 8).unwrap_err();
+    assert_eq!(refused.reason, Reason::Full);
+    queue.publish();
+    steps.run();
+    for tag in 0..8 {
+        let done = queue.complete().unwrap().unwrap();
+        assert_eq!(done.buffer.unwrap(), pattern(tag, 512));
+    }
+}
+
+#[test]
 fn features_that_are_required_and_missing_are_named() {
     let device = DeviceOptions {
         event_idx: false,

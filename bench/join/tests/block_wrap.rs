@@ -34,6 +34,45 @@ fn every_size_and_feature_for_seventy_thousand_requests() {
     assert_eq!(combinations, 9 * 4);
 }
 
+#[test]
+fn a_request_that_the_device_keeps_while_forty_thousand_others_pass() {
+    // A flush, say, on a disk that reads from its cache meanwhile. Half way
+    // around the 16-bit index, the flush looks as if it were in the future.
+    for queue_size in [4, 64] {
+        let disk = RecordingDisk::new(SECTORS);
+        disk.allow(0);
+        let device = DeviceOptions {
+            queue_size,
+            ..DeviceOptions::default()
+        };
+        let (join, steps) = Join::stepped(Arc::new(disk.clone()), device, 1 << 20);
+        let (_block, mut queue) =
+            Block::open(join.transport(), join.space(), BlockOptions::default()).unwrap();
+        queue.submit(BlockOp::Flush, None, u64::MAX).unwrap();
+        queue.publish();
+        steps.poll(64);
+        let mut buffer = join.arena.buffer(512);
+        for tag in 0..40_000 {
+            let op = BlockOp::Read {
+                sector: tag % SECTORS,
+            };
+            queue.submit(op, buffer, tag).unwrap();
+            queue.publish();
+            steps.poll(64);
+            // The newest first: never the flush.
+            disk.allow(1);
+            steps.poll(64);
+            let done = queue.complete().unwrap().expect("a completion");
+            assert_eq!((done.tag, done.result), (tag, Ok(())));
+            buffer = done.buffer;
+        }
+        disk.allow(1);
+        steps.poll(64);
+        let done = queue.complete().unwrap().expect("the flush");
+        assert_eq!((done.tag, done.result), (u64::MAX, Ok(())));
+    }
+}
+
 fn run(queue_size: u16, indirect: bool, event_idx: bool) {
     let name = format!("size {queue_size}, indirect {indirect}, event index {event_idx}");
     let disk = RecordingDisk::new(SECTORS);

@@ -160,14 +160,23 @@ impl<T: Transport> Block<T> {
             queue,
             limits: block.limits,
         };
-        if let Err(error) = init::driver_ok(&mut block.transport) {
-            // Hand the memory back if the device can still be reset.
-            if let Ok(proof) = block.transport.reset() {
+        block.go(&mut queue)?;
+        Ok((block, queue))
+    }
+
+    /// Sets DRIVER_OK. If the device breaks then, the queue is retired, and
+    /// its memory handed back if the device can still be reset.
+    fn go<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &mut self,
+        queue: &mut QueueOf<B, S, T>,
+    ) -> Result<(), InitError> {
+        init::driver_ok(&mut self.transport).inspect_err(|_| {
+            queue.queue.stop();
+            if let Ok(proof) = self.transport.reset() {
+                // Nothing was posted since the queue was made or restarted.
                 queue.queue.reclaim(&proof, &mut |_, _| {});
             }
-            return Err(error);
-        }
-        Ok((block, queue))
+        })
     }
 
     /// The features in use.
@@ -211,8 +220,9 @@ impl<T: Transport> Block<T> {
     /// before.
     ///
     /// # Errors
-    /// [`InitError`]. If the device could not be reset, no request comes back
-    /// and the queue stays retired; otherwise all have come back.
+    /// [`InitError`]; the queue stays retired, and recovering can be tried
+    /// again. Requests come back as soon as the device has been reset, whatever
+    /// goes wrong after that, and none of them before.
     pub fn recover<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
         &mut self,
         queue: &mut QueueOf<B, S, T>,
@@ -247,9 +257,9 @@ impl<T: Transport> Block<T> {
             });
         }
         let limits = self.read_limits()?;
-        let size = queue.queue.size();
+        self.check_still_fits(&limits)?;
         let offered = self.transport.queue_max_size(0);
-        if u32::from(size.get()) > offered || limits.max_segments < self.limits.max_segments {
+        if u32::from(queue.queue.size().get()) > offered {
             return Err(InitError::Config {
                 field: "queue size",
                 value: u64::from(offered),
@@ -259,7 +269,7 @@ impl<T: Transport> Block<T> {
         queue.limits = self.limits;
         let at = queue.queue.restart(self.transport.identity(0));
         self.transport.set_up_queue(0, at);
-        init::driver_ok(&mut self.transport)
+        self.go(queue)
     }
 
     /// Stops the device for good: outstanding requests come back through
@@ -286,6 +296,26 @@ impl<T: Transport> Block<T> {
                     result: Err(BlockError::Reset),
                 });
             });
+        Ok(())
+    }
+
+    /// Whether the limits that the driver goes on with hold after a reset, too:
+    /// all but the capacity stay as they were when the device was opened.
+    fn check_still_fits(&self, now: &BlockLimits) -> Result<(), InitError> {
+        let own = &self.limits;
+        let bad = |field, value: u32| {
+            let value = u64::from(value);
+            Err(InitError::Config { field, value })
+        };
+        if now.block_bytes != own.block_bytes {
+            return bad("blk_size", now.block_bytes);
+        }
+        if now.max_segments < own.max_segments {
+            return bad("seg_max", u32::from(now.max_segments));
+        }
+        if now.max_segment_bytes < own.max_segment_bytes {
+            return bad("size_max", now.max_segment_bytes);
+        }
         Ok(())
     }
 

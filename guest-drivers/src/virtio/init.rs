@@ -110,7 +110,10 @@ pub(super) fn driver_ok<T: Transport>(transport: &mut T) -> Result<(), InitError
             | DeviceStatus::DRIVER_OK,
     );
     let status = transport.status();
-    if status.intersects(DeviceStatus::DEVICE_NEEDS_RESET | DeviceStatus::FAILED) {
+    let broken = DeviceStatus::DEVICE_NEEDS_RESET | DeviceStatus::FAILED;
+    // Only a reset clears bits (§2.1): a device that lost DRIVER_OK does not
+    // run.
+    if !status.contains(DeviceStatus::DRIVER_OK) || status.intersects(broken) {
         return Err(InitError::NotReady(status));
     }
     Ok(())

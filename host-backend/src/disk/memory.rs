@@ -73,16 +73,21 @@ impl MemoryLane {
     fn run(&self, request: &DiskRequest<'_>) -> Result<(), DiskError> {
         let count = request.data.bytes();
         self.0.shape.check(request.op, request.sector, count)?;
+        let write = match request.op {
+            DiskOp::Read => false,
+            DiskOp::Write { .. } => true,
+            DiskOp::Flush => return Ok(()),
+        };
         let start = (request.sector * SECTOR_BYTES) as usize;
         let mut bytes = self.0.contents();
         // In range: `check` said so, and the length never changes.
         let Some(range) = bytes.get_mut(start..start + count as usize) else {
             return Err(DiskError::Truncated);
         };
-        match request.op {
-            DiskOp::Read => _ = request.data.scatter(range),
-            DiskOp::Write { .. } => _ = request.data.gather(range),
-            DiskOp::Flush => {}
+        if write {
+            request.data.gather(range);
+        } else {
+            request.data.scatter(range);
         }
         Ok(())
     }

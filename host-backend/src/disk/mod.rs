@@ -43,7 +43,7 @@ pub enum DiskOp {
         fua: bool,
     },
     /// Makes every write durable that has completed, on any lane, before the
-    /// flush was submitted. Takes no buffers.
+    /// flush was submitted. Takes no buffers, and its sector means nothing.
     Flush,
 }
 
@@ -52,7 +52,7 @@ pub enum DiskOp {
 pub struct DiskRequest<'a> {
     /// What to do.
     pub op: DiskOp,
-    /// First sector.
+    /// First sector; any number for a flush.
     pub sector: u64,
     /// The data; its length says how much is read or written.
     pub data: &'a IoBufs,

@@ -323,7 +323,7 @@ impl BlockWorker {
             return Err(frame);
         }
         let status_addr = chain.last_writable()?.ok_or(frame)?;
-        let sector = header.sector.get();
+        let mut sector = header.sector.get();
         let room = writable - 1;
         let mut request = InFlight {
             status: status_addr,
@@ -356,6 +356,8 @@ impl BlockWorker {
             }
             RequestType::FLUSH => {
                 self.bufs.clear();
+                // Its sector means nothing (§5.2.6).
+                sector = 0;
                 DiskOp::Flush
             }
             RequestType::GET_ID => {
@@ -483,7 +485,10 @@ impl Worker for BlockWorker {
     fn arm(&mut self) -> bool {
         self.armed = true;
         self.counters.arms.add(1);
-        !self.broken && !self.stopping && self.queue.arm()
+        // A request that the lane had no room for waits for the lane, and the
+        // others behind it: looking at the ring again would help nobody.
+        let fetching = !self.broken && !self.stopping && self.stalled.is_none();
+        fetching && self.queue.arm()
     }
 
     fn begin_stop(&mut self) {

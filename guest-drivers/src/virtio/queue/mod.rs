@@ -39,7 +39,7 @@ pub const TRAILER_UNWRITTEN: u8 = 0xff;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct QueueCounters {
-    /// Requests shown to the device.
+    /// Requests posted, whether the device was shown them yet or not.
     pub posted: u64,
     /// Requests taken back.
     pub completed: u64,
@@ -113,6 +113,8 @@ pub(crate) struct Queue<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> {
     state: State,
     /// Whether the device was reset since it was last told about the queue.
     quiesced: bool,
+    /// Requests that the device was shown, of all that were posted.
+    shown: u64,
     counters: QueueCounters,
 }
 
@@ -161,6 +163,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             identity,
             state: State::Live,
             quiesced: true,
+            shown: 0,
             counters: QueueCounters::default(),
         })
     }
@@ -293,7 +296,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         slot.0 = Some(InFlight {
             lent,
             extra,
-            position: ring.position(),
+            number: self.counters.posted,
             descriptors,
             segments,
             writable,
@@ -315,6 +318,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         }
         let Ring::Split(ring) = &mut self.shared.ring;
         let Some(kick) = ring.publish() else { return };
+        self.shown = self.counters.posted;
         self.counters.published += 1;
         if kick {
             self.counters.kicks += 1;
@@ -356,7 +360,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             return Err(Fault::NotInFlight { id });
         };
         let request = match slot {
-            Some(request) if ring.is_published(request.position) => request,
+            Some(request) if request.number < self.shown => request,
             _ => return Err(Fault::NotInFlight { id }),
         };
         if len > request.writable {
@@ -414,6 +418,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         }
     }
 
+    /// Retires the queue without a fault to report: somebody else reports it.
+    pub(crate) fn stop(&mut self) {
+        self.state = State::Retired;
+    }
+
     /// Hands back every outstanding request, now that the device has let go.
     /// Returns whether the proof was about this queue.
     pub(crate) fn reclaim(&mut self, proof: &Quiesced, each: &mut dyn FnMut(X, Option<B>)) -> bool {
@@ -464,18 +473,26 @@ impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> Drop for Queue<B, X, S, 
             // given back by `reclaim`; a `Lent` leaks what is left.
             return;
         }
-        // The device may still write to all of it.
+        // The device may still use all of it.
         let Shared {
-            ring, area, slots, ..
+            ring,
+            area,
+            slots,
+            segments,
         } = shared;
         match ring {
             Ring::Split(ring) => ring.leak(),
         }
         area.leak();
-        for slot in slots.iter() {
-            if let Some(InFlight { writable, .. }) = &slot.0 {
-                self.space.leaked(*writable as usize);
-            }
+        let most = usize::from(self.shape.max_segments);
+        for (index, slot) in slots.iter().enumerate() {
+            let Some(request) = &slot.0 else { continue };
+            let first = index * most;
+            let lent = segments
+                .get(first..first + usize::from(request.segments))
+                .unwrap_or(&[]);
+            self.space
+                .leaked(lent.iter().map(|segment| segment.len as usize).sum());
         }
     }
 }

@@ -39,8 +39,8 @@ impl<B: DmaBuf, X> fmt::Debug for Slot<B, X> {
 pub(super) struct InFlight<B: DmaBuf, X> {
     pub(super) lent: Option<Lent<B>>,
     pub(super) extra: X,
-    /// Free-running index at which the chain was made available.
-    pub(super) position: u16,
+    /// Which of all requests this is, counted from 0.
+    pub(super) number: u64,
     /// Descriptors of the ring that the chain takes.
     pub(super) descriptors: u16,
     pub(super) segments: u16,

@@ -124,8 +124,9 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         for offset in (0..self.memory.bytes()).step_by(2) {
             self.memory.write_u16(offset, 0);
         }
-        for (index, next) in self.next.iter_mut().enumerate() {
-            *next = index as u16 + 1;
+        // The storage may be longer than the queue.
+        for (next, following) in self.next.iter_mut().zip(1..=self.size.get()) {
+            *next = following;
         }
         self.first_free = 0;
         self.free = self.size.get();
@@ -159,12 +160,6 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
     /// Chains that the device was shown and has not used.
     fn outstanding(&self) -> u16 {
         self.published.wrapping_sub(self.used_idx)
-    }
-
-    /// Whether the device was shown the chain that got index `position`, one
-    /// of the last 32,768.
-    pub(super) fn is_published(&self, position: u16) -> bool {
-        (self.published.wrapping_sub(position).wrapping_sub(1) as i16) >= 0
     }
 
     pub(super) fn free(&self) -> u16 {

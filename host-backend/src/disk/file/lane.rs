@@ -448,7 +448,8 @@ impl DiskLane for FileLane {
         {
             return Submit::Full;
         }
-        let offset = sector * SECTOR_BYTES;
+        // In range for what moves data (`check`); a flush has no sector.
+        let offset = sector.wrapping_mul(SECTOR_BYTES);
         let queued = match op {
             DiskOp::Read => self.submit_transfer(
                 Transfer {

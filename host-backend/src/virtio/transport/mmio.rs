@@ -160,9 +160,11 @@ impl MmioTransport {
                 self.signals.status.fetch_and(!value, Ordering::AcqRel);
             }
             mmio::STATUS => {
-                self.control
-                    .set_status(DeviceStatus::from_bits_retain(value as u8));
-                if value == 0 {
+                // The field has 8 bits (§2.1); what lies above them does not
+                // count.
+                let status = DeviceStatus::from_bits_retain(value as u8);
+                self.control.set_status(status);
+                if status.is_empty() {
                     self.device_features_sel = 0;
                     self.driver_features_sel = 0;
                     self.queue_sel = 0;

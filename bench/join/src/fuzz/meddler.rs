@@ -1,0 +1,98 @@
+//! Something between the driver's registers and the device, which listens and
+//! lies.
+#![forbid(unsafe_code)]
+
+use pvkit_host::bus::BusDevice;
+use pvkit_host::virtio::transport::MmioTransport;
+use pvkit_protocol::virtio::mmio;
+
+/// The addresses that the driver gave for its queue.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Place {
+    pub(super) descriptors: u64,
+    pub(super) avail: u64,
+    pub(super) used: u64,
+}
+
+/// A device whose registers are meddled with.
+#[derive(Debug)]
+pub(super) struct Meddler {
+    /// The real one.
+    pub(super) device: MmioTransport,
+    pub(super) place: Place,
+    lies: Vec<Lie>,
+}
+
+#[derive(Debug)]
+struct Lie {
+    offset: u64,
+    mask: u32,
+    left: u8,
+}
+
+impl Meddler {
+    pub(super) fn new(device: MmioTransport) -> Self {
+        Self {
+            device,
+            place: Place::default(),
+            lies: Vec::new(),
+        }
+    }
+
+    pub(super) fn lie(&mut self, offset: u64, mask: u32, times: u8) {
+        // A few at a time are enough.
+        if self.lies.len() < 8 {
+            self.lies.push(Lie {
+                offset,
+                mask,
+                left: times,
+            });
+        }
+    }
+
+    pub(super) fn tell_the_truth(&mut self) {
+        self.lies.clear();
+    }
+}
+
+impl BusDevice for Meddler {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.device.read(offset, data);
+        for lie in &mut self.lies {
+            if lie.offset != offset || lie.left == 0 {
+                continue;
+            }
+            lie.left -= 1;
+            for (byte, mask) in data.iter_mut().zip(lie.mask.to_le_bytes()) {
+                if offset == mmio::STATUS as u64 {
+                    *byte |= mask;
+                } else {
+                    *byte ^= mask;
+                }
+            }
+        }
+        self.lies.retain(|lie| lie.left > 0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let half = |address: &mut u64, high: bool| {
+            let value = data.try_into().map_or(0, u32::from_le_bytes);
+            *address = if high {
+                (*address & 0xffff_ffff) | (u64::from(value) << 32)
+            } else {
+                (*address & !0xffff_ffff) | u64::from(value)
+            };
+        };
+        let place = &mut self.place;
+        match offset as usize {
+            mmio::QUEUE_DESC_LOW => half(&mut place.descriptors, false),
+            mmio::QUEUE_DESC_HIGH => half(&mut place.descriptors, true),
+            mmio::QUEUE_DRIVER_LOW => half(&mut place.avail, false),
+            mmio::QUEUE_DRIVER_HIGH => half(&mut place.avail, true),
+            mmio::QUEUE_DEVICE_LOW => half(&mut place.used, false),
+            mmio::QUEUE_DEVICE_HIGH => half(&mut place.used, true),
+            _ => {}
+        }
+        self.device.write(offset, data);
+    }
+}

@@ -1,0 +1,590 @@
+//! The shipped driver and the shipped device, joined by memory and registers
+//! that change under both of them: what the fuzz target `block_join` runs, and
+//! the tests of this crate over its seeds.
+//!
+//! The input decodes into a [`Setup`] and a list of [`Action`]s. As long as
+//! nobody has meddled, everything has to work; from then on nothing need work,
+//! but:
+//!
+//! - nobody panics, and every call returns;
+//! - a request comes back at most once, with the buffer that it came with;
+//! - driver and device report one fault each between two resets;
+//! - private memory beside the buffers stays as it is;
+//! - once the meddling ends, recovering hands back every request, and the
+//!   device works again;
+//! - in the end all guest memory is free, or was counted as leaked.
+
+mod action;
+mod buffer;
+mod meddler;
+
+pub use action::{Action, Area, Setup};
+
+use crate::arena::{Arena, ArenaSpace, BASE};
+use crate::disk::{Order, RecordingDisk, pattern};
+use crate::stepped::{Steps, stepped};
+use crate::wire::Wire;
+use arbitrary::{Arbitrary, Unstructured};
+use buffer::{Buffer, EMPTY, LONGEST, Pool};
+use meddler::Meddler;
+use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Done, Reason};
+use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
+use pvkit_guest::virtio::transport::MmioTransport as GuestTransport;
+use pvkit_host::bus::BusDevice;
+use pvkit_host::virtio::block::{Block as Device, BlockOptions as DeviceOptions};
+use pvkit_host::virtio::transport::MmioTransport as HostTransport;
+use pvkit_host::worker::{Progress, SignalCounter};
+use pvkit_protocol::virtio::block::{RequestHeader, RequestType};
+use pvkit_protocol::virtio::split::{AVAIL_IDX, USED_IDX, USED_RING};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use zerocopy::IntoBytes;
+
+const ARENA_BYTES: usize = 256 * 1024;
+const SECTORS: u64 = 64;
+/// Longest script.
+const ACTIONS: usize = 256;
+
+type Transport = GuestTransport<Wire<Meddler>>;
+type Queue = QueueOf<Buffer, ArenaSpace, Transport>;
+
+thread_local! {
+    /// Mapping memory costs more than most scripts.
+    static ARENA: RefCell<Option<Arena>> = const { RefCell::new(None) };
+}
+
+/// Plays the script that `data` holds.
+///
+/// # Panics
+/// If an invariant does not hold.
+pub fn block_join(data: &[u8]) {
+    let mut bytes = Unstructured::new(data);
+    let Ok(setup) = Setup::arbitrary(&mut bytes) else {
+        return;
+    };
+    let arena = ARENA.take().unwrap_or_else(|| Arena::new(ARENA_BYTES));
+    let zeros = vec![0; ARENA_BYTES];
+    arena.snapshot().write(BASE, &zeros).expect("RAM");
+    let mut world = World::new(setup, arena);
+    for _ in 0..ACTIONS {
+        if bytes.is_empty() {
+            break;
+        }
+        let Ok(action) = Action::arbitrary(&mut bytes) else {
+            break;
+        };
+        world.act(action);
+    }
+    ARENA.set(Some(world.end()));
+}
+
+/// What was submitted under a tag.
+struct Sent {
+    op: BlockOp,
+    bytes: Option<usize>,
+    /// Bytes of guest memory around the buffer.
+    guards: usize,
+}
+
+struct World {
+    setup: Setup,
+    arena: Arena,
+    pool: Pool,
+    wire: Wire<Meddler>,
+    steps: Steps,
+    disk: RecordingDisk,
+    block: Block<Transport>,
+    queue: Queue,
+    outstanding: BTreeMap<u64, Sent>,
+    next_tag: u64,
+    /// Whether anything was meddled with.
+    meddled: bool,
+    /// Whether the driver has reported a fault since it recovered.
+    faulty: bool,
+    /// Whether it has failed to recover since it last did.
+    retired: bool,
+}
+
+impl World {
+    fn new(setup: Setup, arena: Arena) -> Self {
+        let mut disk = RecordingDisk::new(SECTORS);
+        if setup.held {
+            disk.allow(0);
+        }
+        if setup.narrow {
+            disk.depth = 2;
+        }
+        if setup.oldest_first {
+            disk.order = Order::OldestFirst;
+        }
+        let options = DeviceOptions {
+            queue_size: setup.queue_size,
+            indirect: setup.indirect,
+            event_idx: setup.event_idx,
+            ..DeviceOptions::default()
+        };
+        let (executor, steps) = stepped();
+        let device = Device::new(Arc::new(disk.clone()), options).expect("block options");
+        let device = HostTransport::new(
+            Box::new(device),
+            arena.guest_memory().clone(),
+            Box::new(executor),
+            Arc::new(SignalCounter::default()),
+        )
+        .expect("event counters");
+        let wire = Wire::new(Meddler::new(device));
+        let transport = GuestTransport::new(wire.clone())
+            .expect("a virtio-mmio device")
+            .with_reset_reads(16);
+        let mut space = arena.space();
+        if setup.segments {
+            space = space.with_segments_of(512);
+        }
+        let options = BlockOptions {
+            max_segments: 4,
+            ..BlockOptions::default()
+        };
+        let (block, queue) = Block::open(transport, space, options).expect("an honest device");
+        Self {
+            setup,
+            arena,
+            pool: Pool::new(),
+            wire,
+            steps,
+            disk,
+            block,
+            queue,
+            outstanding: BTreeMap::new(),
+            next_tag: 0,
+            meddled: false,
+            faulty: false,
+            retired: false,
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Submit {
+                kind,
+                sector,
+                shape,
+            } => self.submit(kind, sector, shape),
+            Action::Publish => self.queue.publish(),
+            Action::Complete(count) => {
+                for _ in 0..count % 32 {
+                    if !self.complete() {
+                        break;
+                    }
+                }
+            }
+            Action::ArmDriver => _ = self.queue.arm(),
+            Action::Claim => _ = self.block.claim_events(),
+            Action::Refresh => {
+                let refreshed = self.block.refresh(&mut self.queue);
+                assert!(self.meddled || refreshed.is_ok(), "{refreshed:?}");
+            }
+            Action::Recover => _ = self.recover(),
+            Action::Poll(budget) => self.poll(u32::from(budget % 32) + 1),
+            Action::Run => {
+                if self.meddled {
+                    // Rings that feed themselves are endless.
+                    self.poll(64);
+                } else {
+                    self.steps.run();
+                }
+            }
+            Action::ArmDevice => _ = self.steps.arm(),
+            Action::Allow(count) => {
+                if self.setup.held {
+                    self.disk.allow(usize::from(count % 8));
+                }
+            }
+            Action::Read { offset, width } => {
+                let mut data = [0; 16];
+                let offset = u64::from(offset % 0x240);
+                let width = usize::from(width % 17);
+                // Past the driver: it hears no lies meant for it.
+                self.wire.device().device.read(offset, &mut data[..width]);
+            }
+            action => {
+                self.meddled = true;
+                self.meddle(action);
+            }
+        }
+    }
+
+    fn submit(&mut self, kind: u8, sector: u8, shape: u8) {
+        let first = u64::from(sector) % (SECTORS + 2);
+        let (op, bytes) = match kind % 8 {
+            0..4 => (
+                BlockOp::Read { sector: first },
+                Some(512 * usize::from(shape % 5)),
+            ),
+            4 | 5 => (
+                BlockOp::Write { sector: first },
+                Some(512 * usize::from(shape % 5)),
+            ),
+            6 => (BlockOp::Flush, None),
+            _ => (BlockOp::GetId, Some(20)),
+        };
+        let buffer = match bytes {
+            None => None,
+            Some(bytes) => {
+                debug_assert!(bytes <= LONGEST);
+                let buffer = if shape & 0x80 == 0 {
+                    Buffer::outside(&mut self.pool, bytes)
+                } else {
+                    Buffer::inside(&self.arena, bytes)
+                };
+                let Some(mut buffer) = buffer else { return };
+                match op {
+                    // Every write writes what is there already, so that what a
+                    // read finds does not depend on the order.
+                    BlockOp::Write { sector } => {
+                        buffer.bytes_mut().copy_from_slice(&pattern(sector, bytes));
+                    }
+                    _ => buffer.bytes_mut().fill(EMPTY),
+                }
+                Some(buffer)
+            }
+        };
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        let guards = buffer.as_ref().map_or(0, Buffer::guards);
+        match self.queue.submit(op, buffer, tag) {
+            Ok(()) => {
+                assert!(!self.faulty && !self.retired, "the queue is retired");
+                self.outstanding.insert(tag, Sent { op, bytes, guards });
+            }
+            Err(refused) => {
+                let len = refused.buffer.as_ref().map(pvkit_guest::dma::DmaBuf::bytes);
+                assert_eq!(len, bytes, "the buffer comes back");
+                if let Some(buffer) = refused.buffer {
+                    buffer.free();
+                }
+                let retired = refused.reason == Reason::Retired;
+                assert!(!retired || self.meddled, "{:?}", refused.reason);
+            }
+        }
+    }
+
+    /// Takes a completion; whether there may be more.
+    fn complete(&mut self) -> bool {
+        match self.queue.complete() {
+            Ok(Some(done)) => {
+                assert!(!self.faulty && !self.retired, "the queue is retired");
+                self.take(done, false);
+                true
+            }
+            Ok(None) => false,
+            Err(fault) => {
+                assert!(self.meddled, "{fault}");
+                assert!(!self.faulty, "a fault is reported once, and not {fault}");
+                self.faulty = true;
+                false
+            }
+        }
+    }
+
+    /// A request is back.
+    fn take(&mut self, done: Done<Buffer>, reset: bool) {
+        let Self {
+            outstanding,
+            meddled,
+            ..
+        } = self;
+        take(outstanding, *meddled, done, reset);
+    }
+
+    fn recover(&mut self) -> bool {
+        let Self {
+            block,
+            queue,
+            outstanding,
+            meddled,
+            ..
+        } = self;
+        let result = block.recover(queue, &mut |done| {
+            take(outstanding, *meddled, done, true);
+        });
+        let over = result.is_ok();
+        if over {
+            assert!(outstanding.is_empty(), "a reset hands everything back");
+            self.faulty = false;
+        } else {
+            // A disk that holds requests holds up the reset. From here on the
+            // driver has a fault to report.
+            assert!(*meddled || self.setup.held, "{result:?}");
+            *meddled = true;
+        }
+        self.retired = !over;
+        over
+    }
+
+    fn poll(&mut self, budget: u32) {
+        for progress in self.steps.poll(budget) {
+            if let Progress::Broken(fault) = progress {
+                assert!(self.meddled, "{fault}");
+            }
+        }
+    }
+
+    /// The bytes of an area, as guest addresses.
+    fn area(&self, area: Area) -> (u64, u64) {
+        let size = u64::from(self.setup.queue_size);
+        let place = self.wire.device().place;
+        match area {
+            Area::Descriptors => (place.descriptors, 16 * size),
+            Area::Avail => (place.avail, 6 + 2 * size),
+            Area::Used => (place.used, 6 + 8 * size),
+            // Allocated first, and so in front of the rings.
+            Area::Slots => (BASE, place.descriptors - BASE),
+            Area::Anywhere => (BASE, ARENA_BYTES as u64),
+        }
+    }
+
+    fn poke(&self, addr: u64, bytes: &[u8]) {
+        // Areas end inside guest memory, words of the last one may not.
+        let _ = self.arena.snapshot().write(addr, bytes);
+    }
+
+    fn peek(&self, addr: u64) -> [u8; 2] {
+        let mut bytes = [0; 2];
+        let _ = self.arena.snapshot().read(addr, &mut bytes);
+        bytes
+    }
+
+    fn meddle(&mut self, action: Action) {
+        match action {
+            Action::Flip { area, offset, bit } => {
+                let (start, len) = self.area(area);
+                let addr = start + u64::from(offset) % len.max(1);
+                let byte = self.peek(addr)[0] ^ (1 << (bit % 8));
+                self.poke(addr, &[byte]);
+            }
+            Action::Word {
+                area,
+                offset,
+                value,
+            } => {
+                let (start, len) = self.area(area);
+                let addr = start + 2 * (u64::from(offset) % (len / 2).max(1));
+                self.poke(addr, &value.to_le_bytes());
+            }
+            Action::Index { used, by } => {
+                let place = self.wire.device().place;
+                let addr = if used {
+                    place.used + USED_IDX as u64
+                } else {
+                    place.avail + AVAIL_IDX as u64
+                };
+                let index = u16::from_le_bytes(self.peek(addr));
+                let index = index.wrapping_add_signed(i16::from(by));
+                self.poke(addr, &index.to_le_bytes());
+            }
+            Action::Element { slot, id, len } => {
+                let slot = u64::from(slot) % u64::from(self.setup.queue_size);
+                let used = self.wire.device().place.used;
+                let addr = used + USED_RING as u64 + 8 * slot;
+                let mut element = [0; 8];
+                element[0] = id;
+                element[4..6].copy_from_slice(&len.to_le_bytes());
+                self.poke(addr, &element);
+            }
+            Action::Descriptor {
+                index,
+                page,
+                len,
+                flags,
+                next,
+            } => {
+                let area = if index & 0x80 == 0 {
+                    Area::Descriptors
+                } else {
+                    Area::Slots
+                };
+                let (start, bytes) = self.area(area);
+                let addr = start + 16 * (u64::from(index & 0x7f) % (bytes / 16).max(1));
+                let to = BASE + 0x400 * u64::from(page);
+                let mut descriptor = [0; 16];
+                descriptor[..8].copy_from_slice(&to.to_le_bytes());
+                descriptor[8..10].copy_from_slice(&len.to_le_bytes());
+                descriptor[12] = flags;
+                descriptor[14] = next;
+                self.poke(addr, &descriptor);
+            }
+            Action::Header {
+                slot,
+                kind,
+                sector,
+                shift,
+            } => {
+                let (start, len) = self.area(Area::Slots);
+                let size = u64::from(self.setup.queue_size);
+                let addr = start + u64::from(slot) % size * (len / size);
+                let kind = match kind % 5 {
+                    0 => RequestType::IN,
+                    1 => RequestType::OUT,
+                    2 => RequestType::FLUSH,
+                    3 => RequestType::GET_ID,
+                    _ => RequestType(u32::from(kind)),
+                };
+                let sector = u64::from(sector) << (shift % 64);
+                self.poke(addr, RequestHeader::new(kind, sector).as_bytes());
+            }
+            Action::Write {
+                offset,
+                width,
+                value,
+            } => {
+                let width = usize::from(width % 9);
+                let offset = match width {
+                    4 => u64::from(offset % 0x50) * 4,
+                    _ => u64::from(offset % 0x240),
+                };
+                let mut data = [0; 8];
+                data[..4].copy_from_slice(&value.to_le_bytes());
+                // Past the meddler: the driver's own addresses stay known.
+                self.wire.device().device.write(offset, &data[..width]);
+            }
+            Action::Lie {
+                register,
+                mask,
+                times,
+            } => {
+                let offset = u64::from(register % 0x52) * 4;
+                self.wire.device().lie(offset, mask, times);
+            }
+            action => unreachable!("{action:?} meddles with nothing"),
+        }
+    }
+
+    /// The meddling ends: everything comes back, everything works.
+    fn end(mut self) -> Arena {
+        self.wire.device().tell_the_truth();
+        if self.setup.held {
+            self.disk.allow(usize::MAX);
+        }
+        if !self.meddled {
+            // Nobody has to recover. A disk that holds requests wakes nobody,
+            // so its device is polled.
+            self.queue.publish();
+            for _ in 0..2 * ACTIONS {
+                self.steps.run();
+                if self.setup.held {
+                    self.poll(64);
+                }
+                while self.complete() {}
+            }
+            assert!(self.outstanding.is_empty(), "everything is answered");
+        }
+        if self.setup.drop {
+            return self.end_without_proof();
+        }
+        assert!(self.recover(), "an honest device recovers");
+        self.works();
+        let Self {
+            arena,
+            pool,
+            block,
+            queue,
+            wire,
+            ..
+        } = self;
+        block
+            .close(queue, &mut |_| panic!("nothing is outstanding"))
+            .expect("an honest device resets");
+        assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+        drop(wire);
+        // SAFETY: driver and device are gone, and all buffers with them.
+        unsafe { pool.free() };
+        arena
+    }
+
+    /// One request, from start to end.
+    fn works(&mut self) {
+        let mut buffer = Buffer::outside(&mut self.pool, 512);
+        if buffer.is_none() {
+            buffer = Buffer::inside(&self.arena, 512);
+        }
+        let bytes = Some(512);
+        let op = BlockOp::Read { sector: 5 };
+        let buffer = Some(buffer.expect("a buffer"));
+        let guards = 0;
+        self.outstanding
+            .insert(self.next_tag, Sent { op, bytes, guards });
+        self.queue
+            .submit(op, buffer, self.next_tag)
+            .map_err(|refused| refused.reason)
+            .expect("a queue that works");
+        self.queue.publish();
+        for _ in 0..4 {
+            self.poll(4);
+        }
+        let done = self.queue.complete().expect("no fault");
+        let done = done.expect("a completion");
+        assert_eq!(done.result, Ok(()), "the device works again");
+        self.take(done, false);
+    }
+
+    /// The queue is dropped while the device has it.
+    fn end_without_proof(self) -> Arena {
+        let Self {
+            arena,
+            pool,
+            block,
+            queue,
+            wire,
+            outstanding,
+            ..
+        } = self;
+        drop(queue);
+        // The guards of buffers are no business of the driver.
+        let guards: usize = outstanding.values().map(|sent| sent.guards).sum();
+        assert_eq!(arena.leaked() + guards, arena.in_use());
+        drop(block);
+        drop(wire);
+        // SAFETY: driver and device are gone, and nobody else knows of the
+        // memory.
+        unsafe {
+            arena.take_back();
+            pool.free();
+        }
+        arena
+    }
+}
+
+fn take(outstanding: &mut BTreeMap<u64, Sent>, meddled: bool, mut done: Done<Buffer>, reset: bool) {
+    let sent = outstanding
+        .remove(&done.tag)
+        .unwrap_or_else(|| panic!("request {} comes back once", done.tag));
+    assert_eq!(done.op, sent.op);
+    assert_eq!(
+        done.buffer.as_ref().map(pvkit_guest::dma::DmaBuf::bytes),
+        sent.bytes,
+        "the buffer is its own"
+    );
+    assert_eq!(done.result == Err(BlockError::Reset), reset);
+    if !meddled {
+        if !reset {
+            assert_eq!(done.result, Ok(()));
+        }
+        if let Some(buffer) = &mut done.buffer {
+            assert!(buffer.guards_hold(), "guest memory beside a buffer");
+            let bytes = buffer.bytes_mut();
+            match done.op {
+                BlockOp::Read { sector } if !reset => {
+                    assert_eq!(bytes, pattern(sector, bytes.len()));
+                }
+                BlockOp::Write { sector } => {
+                    assert_eq!(bytes, pattern(sector, bytes.len()));
+                }
+                _ => {}
+            }
+        }
+    }
+    if let Some(buffer) = done.buffer {
+        buffer.free();
+    }
+}
