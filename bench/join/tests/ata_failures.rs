@@ -86,7 +86,7 @@ fn a_worker_on_a_thread_is_woken_by_the_disk() {
             .unwrap();
         for round in 0..50 {
             // A request that finds no room is tried again without any source.
-            let gate = [Gate::Async, Gate::Full, Gate::Hold][round % 3];
+            let gate = [Gate::Async, Gate::Full, Gate::Hold, Gate::Uncommitted][round % 4];
             disk.set(gate);
             ata.submit(BlockOp::Read { sector: 1 }, Some(vec![0; 70 << 10]), 1)
                 .unwrap();
@@ -104,10 +104,11 @@ fn a_worker_on_a_thread_is_woken_by_the_disk() {
 
 #[test]
 fn a_request_that_the_disk_has_no_room_for_is_tried_again() {
-    for (mode, completion) in WAYS {
+    let cases = WAYS.map(|way| [(way, Gate::Full), (way, Gate::Uncommitted)]);
+    for ((mode, completion), gate) in cases.into_iter().flatten() {
         let mut pair = pair(64, options(mode, completion));
         let before = pair.join.interrupts[0].count();
-        pair.disk.set(Gate::Full);
+        pair.disk.set(gate);
         pair.ata
             .submit(BlockOp::Write { sector: 9 }, Some(pattern(77, 1024)), 1)
             .unwrap();

@@ -243,6 +243,22 @@ pub const fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
+/// After how many entries an event that nobody waits for is to be moved along
+/// with [`far_event`], lest the index comes around to it.
+pub const EVENT_REFRESH: u16 = 0x2000;
+
+/// An event for a side that wants no notification (§2.7.7, §2.7.10): half the
+/// range of the index away from `index`, where the index now is.
+///
+/// The other side counts from where it notified last, up to a queue behind
+/// `index`, so an event close behind could still be passed. With queues of up
+/// to 16,384, and moved along every [`EVENT_REFRESH`] entries, this one never
+/// is.
+#[must_use]
+pub const fn far_event(index: u16) -> u16 {
+    index.wrapping_add(0x8000)
+}
+
 /// How many entries lie between two free-running indices, or `None` if there
 /// are more than `most`: the index has jumped or run backwards.
 #[must_use]
@@ -297,6 +313,26 @@ mod tests {
                 {
                     let inside = event.wrapping_sub(old) < count;
                     assert_eq!(need_event(event, new, old), inside, "{event} {new} {old}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_far_event_is_never_passed() {
+        // One side is at `base + moved`, not yet moved along; the other looks
+        // from up to a queue behind there to up to a queue ahead.
+        const QUEUE: u16 = 16_384;
+        for base in [0u16, 1, 0x7fff, 0x8000, 0xffff] {
+            let event = far_event(base);
+            for moved in (0..=EVENT_REFRESH).step_by(61).chain([EVENT_REFRESH]) {
+                let index = base.wrapping_add(moved);
+                for ahead in (0..=QUEUE).step_by(127).chain([QUEUE]) {
+                    let new = index.wrapping_add(ahead);
+                    for batch in [1, 2, 32, QUEUE] {
+                        let old = new.wrapping_sub(batch);
+                        assert!(!need_event(event, new, old), "{event} {new} {old}");
+                    }
                 }
             }
         }

@@ -148,6 +148,8 @@ pub enum Gate {
     Hold,
     /// There is no room.
     Full,
+    /// Queued, but the host does not hear of it.
+    Uncommitted,
     /// Done at once, with an error.
     Fail(DiskError),
     /// Queued, then done with an error.
@@ -247,7 +249,7 @@ impl DiskLane for GateLane {
                 let mut data = IoBufs::new();
                 data.copy_from(request.data);
                 self.held.push((request.op, request.sector, data, tag));
-                if gate != Gate::Hold {
+                if !matches!(gate, Gate::Hold | Gate::Uncommitted) {
                     self.shared.ready.notify();
                 }
                 Submit::Queued
@@ -255,12 +257,15 @@ impl DiskLane for GateLane {
         }
     }
     fn commit(&mut self) -> bool {
+        if *self.shared.gate.lock().unwrap() == Gate::Uncommitted {
+            return false;
+        }
         self.committed = self.held.len();
         true
     }
     fn reap(&mut self, each: &mut dyn FnMut(u16, Result<(), DiskError>)) -> usize {
         let gate = *self.shared.gate.lock().unwrap();
-        if gate == Gate::Hold {
+        if matches!(gate, Gate::Hold | Gate::Uncommitted) {
             return 0;
         }
         self.shared.ready.take();

@@ -15,17 +15,13 @@ use core::alloc::Layout;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::split::{
     AVAIL_F_NO_INTERRUPT, AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, Descriptor, DescriptorFlags,
-    QueueSize, USED_F_NO_NOTIFY, USED_FLAGS, USED_IDX, USED_RING, UsedElement, advance, need_event,
+    EVENT_REFRESH, QueueSize, USED_F_NO_NOTIFY, USED_FLAGS, USED_IDX, USED_RING, UsedElement,
+    advance, far_event, need_event,
 };
 
 /// Distance of the parts of the ring from each other: two cache lines, so that
 /// what the driver writes and what the device writes do not share one.
 const PART_ALIGN: usize = 128;
-
-/// While nobody waits for an interrupt, `used_event` is kept behind the used
-/// index; it is moved along after this many completions, so that the index
-/// never comes around to it.
-const EVENT_REFRESH: u16 = 0x4000;
 
 /// One entry of a chain, ready to be written.
 #[derive(Debug, Clone, Copy)]
@@ -321,11 +317,11 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.memory.read_u16(self.used + USED_IDX) != self.used_idx
     }
 
-    /// Puts `used_event` where the device's index has been already.
+    /// Puts `used_event` where the device's index will not be for long.
     fn suppress_event(&self) {
-        let behind = self.used_idx.wrapping_sub(1);
+        let event = far_event(self.used_idx);
         self.memory
-            .write_u16(self.avail + self.size.used_event_offset(), behind);
+            .write_u16(self.avail + self.size.used_event_offset(), event);
     }
 }
 

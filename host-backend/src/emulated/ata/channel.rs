@@ -143,7 +143,7 @@ impl Channel {
     pub(super) fn is_stalled(&self) -> bool {
         self.device
             .as_ref()
-            .is_some_and(|device| device.stalled.is_some())
+            .is_some_and(|device| device.is_stalled())
     }
 
     pub(super) fn device(&self) -> Option<&Device> {

@@ -50,6 +50,8 @@ pub(super) struct Device {
     pub(super) transfer: Transfer,
     /// A request for which the disk had no room.
     pub(super) stalled: Option<(DiskOp, u64)>,
+    /// The lane has a request of which the host could not be told yet.
+    pub(super) uncommitted: bool,
     /// The drive was reset while the disk had a request: its result is dropped
     /// and the reset finished once it comes back.
     pub(super) discard: bool,
@@ -92,6 +94,7 @@ impl Device {
             phase: Phase::Idle,
             transfer: Transfer::default(),
             stalled: None,
+            uncommitted: false,
             discard: false,
             kick,
             counters: Arc::default(),

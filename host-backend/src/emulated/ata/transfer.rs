@@ -227,7 +227,7 @@ impl Device {
     pub(super) fn submit(&mut self, work: Work, op: DiskOp, sector: u64) {
         self.phase = Phase::Busy(work);
         self.hand_over(op, sector);
-        if self.stalled.is_some() {
+        if self.is_stalled() {
             // The worker tries again.
             self.kick.notify();
         }
@@ -243,10 +243,20 @@ impl Device {
             Submit::Done(result) => self.returned(result),
             Submit::Queued => {
                 self.counters.queued.add(1);
-                self.lane.commit();
+                self.commit();
             }
             Submit::Full => self.stalled = Some((op, sector)),
         }
+    }
+
+    /// Tells the host of the request that the lane has.
+    fn commit(&mut self) {
+        self.uncommitted = !self.lane.commit();
+    }
+
+    /// Whether the host did not take a request, which is to be tried again.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.uncommitted || self.stalled.is_some()
     }
 
     /// Takes back what the disk has done, and tries again what it had no room
@@ -254,6 +264,9 @@ impl Device {
     pub(super) fn reap(&mut self) -> bool {
         let mut returned = None;
         if self.lane.in_flight() > 0 {
+            if self.uncommitted {
+                self.commit();
+            }
             self.lane.reap(&mut |_, result| returned = Some(result));
         }
         if let Some(result) = returned {

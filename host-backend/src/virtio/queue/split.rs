@@ -7,18 +7,13 @@ use crate::memory::{Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::split::{
     AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, DESCRIPTOR_ALIGN,
-    Descriptor, DescriptorFlags, QueueSize, USED_ALIGN, USED_F_NO_NOTIFY, USED_FLAGS, USED_IDX,
-    USED_RING, UsedElement, advance, need_event,
+    Descriptor, DescriptorFlags, EVENT_REFRESH, QueueSize, USED_ALIGN, USED_F_NO_NOTIFY,
+    USED_FLAGS, USED_IDX, USED_RING, UsedElement, advance, far_event, need_event,
 };
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use zerocopy::little_endian::U64;
 use zerocopy::{FromZeros, IntoBytes};
-
-/// While the driver's notifications are not wanted, `avail_event` is kept
-/// behind the available index; it is moved along after this many chains, so
-/// that the index never comes around to it.
-const EVENT_REFRESH: u16 = 0x4000;
 
 const DESCRIPTOR_BYTES: usize = size_of::<Descriptor>();
 
@@ -163,10 +158,8 @@ impl SplitRing {
         self.in_flight += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
         if self.event_idx && self.next_avail.is_multiple_of(EVENT_REFRESH) {
-            self.used.write_u16(
-                self.size.avail_event_offset(),
-                self.next_avail.wrapping_sub(1),
-            );
+            self.used
+                .write_u16(self.size.avail_event_offset(), far_event(self.next_avail));
         }
         chain.start(head, &self.snapshot);
         self.walk(head, chain)?;
