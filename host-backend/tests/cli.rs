@@ -60,7 +60,46 @@ fn bad_disks_are_named_and_left_alone() {
         &format!("{good},id=a-name-that-is-too-long"),
         &["23 bytes", "20"],
     );
+    run(&format!("{good},bus=scsi"), &["\"scsi\"", "virtio and ide"]);
     run("", &["path is missing"]);
+    let ide = format!("{good},bus=ide");
+    refuses(
+        &[
+            "--kernel", &kernel, "--disk", &ide, "--disk", &ide, "--disk", &ide,
+        ],
+        &["good.img", "2 disks", "bus=ide"],
+    );
+}
+
+#[test]
+fn a_disk_on_ide_is_read_through_its_ports() {
+    if !have_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut sectors = vec![0; 4096];
+    sectors[512] = 77;
+    let disk = path(directory.path(), "disk.img", &sectors);
+    for (option, code) in [("bus=ide", 77), ("bus=virtio", 0xff)] {
+        // READ SECTORS, one, from LBA 1; nothing there reads as ones.
+        let code_bytes = Code::new()
+            .out8(0x1f2, 1)
+            .out8(0x1f3, 1)
+            .out8(0x1f4, 0)
+            .out8(0x1f5, 0)
+            .out8(0x1f6, 0xe0)
+            .out8(0x1f7, 0x20)
+            .rep_insw(0x1f0, 0x2000, 256)
+            .exit_with(0x2000);
+        let kernel = path(directory.path(), "guest", &elf(&code_bytes.0));
+        let output = pvkit(&[
+            "--kernel",
+            &kernel,
+            "--disk",
+            &format!("{disk},ro,{option}"),
+        ]);
+        assert_eq!(output.status.code(), Some(code), "{option}: {output:?}");
+    }
 }
 
 #[test]

@@ -135,7 +135,7 @@ fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     job.duration_ticks.set(ticks(settings, settings.duration));
     job.max_requests
         .set(u32::try_from(samples).unwrap_or(u32::MAX));
-    job.warmup.set(2 * row.depth.max(4));
+    job.warmup.set(2 * row.depth);
     // A fixed number of bytes, whatever the size of a request.
     job.verify.set((512 * 1024 / row.block_bytes).clamp(4, 64));
     job.seed.set(pattern::mix(u64::from(*round)));

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use pvkit_host::disk::{Disk, FileDisk, FileOptions};
+use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
 use pvkit_host::virtio::block::{Block, BlockOptions};
 use pvkit_host::vmm::{Stop, Vm, VmOptions};
@@ -42,8 +43,9 @@ struct Run {
     module: Option<PathBuf>,
     /// Disk: a raw file or block device, with options behind commas (a comma
     /// in the path is written twice). `ro`: read-only. `direct`: bypass the
-    /// page cache. `id=TEXT`: serial number, up to 20 bytes.
-    #[arg(long, value_name = "PATH[,ro][,direct][,id=TEXT]")]
+    /// page cache. `id=TEXT`: serial number, up to 20 bytes. `bus=virtio` (the
+    /// default) or `bus=ide`: what the guest sees; there can be two on IDE.
+    #[arg(long, value_name = "PATH[,ro][,direct][,id=TEXT][,bus=BUS]")]
     disk: Vec<DiskArg>,
     /// Memory, in bytes or with KiB, MiB, GiB.
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
@@ -92,6 +94,16 @@ struct DiskArg {
     path: PathBuf,
     file: FileOptions,
     id: Option<String>,
+    bus: Bus,
+}
+
+/// How the guest reaches a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bus {
+    /// virtio-blk over virtio-mmio.
+    Virtio,
+    /// A drive of the PIIX3 IDE controller.
+    Ide,
 }
 
 impl FromStr for DiskArg {
@@ -107,6 +119,7 @@ impl FromStr for DiskArg {
             path: PathBuf::from(path),
             file: FileOptions::default(),
             id: None,
+            bus: Bus::Virtio,
         };
         for option in parts {
             match option.split_once('=') {
@@ -119,9 +132,14 @@ impl FromStr for DiskArg {
                         id.len()
                     ));
                 }
+                Some(("bus", "virtio")) => disk.bus = Bus::Virtio,
+                Some(("bus", "ide")) => disk.bus = Bus::Ide,
+                Some(("bus", bus)) => {
+                    return Err(format!("there is no bus {bus:?}: virtio and ide are"));
+                }
                 _ => {
                     return Err(format!(
-                        "{option:?} is no option: ro, direct and id=TEXT are \
+                        "{option:?} is no option: ro, direct, id=TEXT and bus=BUS are \
                          (a comma in the path is written twice)"
                     ));
                 }
@@ -158,6 +176,13 @@ fn main() -> ExitCode {
 }
 
 fn start(run: &Run) -> Result<ExitCode> {
+    let on_ide: Vec<_> = run.disk.iter().filter(|arg| arg.bus == Bus::Ide).collect();
+    if let Some(third) = on_ide.get(2) {
+        bail!(
+            "disk {}: the IDE controller has room for 2 disks; leave out its bus=ide",
+            third.path.display()
+        );
+    }
     // Files first: they are what is most often wrong.
     let mut disks = Vec::new();
     for arg in &run.disk {
@@ -178,18 +203,29 @@ fn start(run: &Run) -> Result<ExitCode> {
         spin: Duration::from_micros(run.spin_us),
         ..ThreadOptions::default()
     };
+    let mut drives = Vec::new();
     for (index, (disk, arg)) in disks.into_iter().enumerate() {
         let id = arg.id.clone().unwrap_or_else(|| format!("pvkit-{index}"));
         let shape = disk.shape();
         log::info!("disk {}: {} sectors", arg.path.display(), shape.sectors);
-        let device = Block::new(
-            Arc::new(disk),
-            BlockOptions {
-                id,
-                ..BlockOptions::default()
-            },
-        )?;
-        vm.add_virtio_mmio(Box::new(device), threads)?;
+        let disk: Arc<dyn Disk> = Arc::new(disk);
+        match arg.bus {
+            Bus::Virtio => {
+                let options = BlockOptions {
+                    id,
+                    ..BlockOptions::default()
+                };
+                vm.add_virtio_mmio(Box::new(Block::new(disk, options)?), threads)?;
+            }
+            Bus::Ide => drives.push(DriveOptions {
+                serial: id,
+                ..DriveOptions::new(disk)
+            }),
+        }
+    }
+    if !drives.is_empty() {
+        let mut drives = drives.into_iter();
+        vm.add_ide([drives.next(), drives.next()])?;
     }
     vm.load(&run.kernel, &run.cmdline, module.as_deref())?;
     if let Some(seconds) = run.timeout {
@@ -248,7 +284,9 @@ mod tests {
         let disk = parse("/a,,b,ro,direct,id=x").unwrap();
         assert_eq!(disk.path, PathBuf::from("/a,b"));
         assert!(disk.file.read_only && disk.file.direct);
-        assert_eq!(disk.id.as_deref(), Some("x"));
+        assert_eq!((disk.id.as_deref(), disk.bus), (Some("x"), Bus::Virtio));
+        assert_eq!(parse("a,bus=ide").unwrap().bus, Bus::Ide);
+        assert_eq!(parse("a,bus=virtio").unwrap().bus, Bus::Virtio);
         assert_eq!(parse("plain.img").unwrap().file, FileOptions::default());
         for (text, word) in [
             ("", "path"),
@@ -256,6 +294,7 @@ mod tests {
             ("a,rw", "\"rw\""),
             ("a,id", "\"id\""),
             ("a,ro=1", "\"ro=1\""),
+            ("a,bus=scsi", "\"scsi\""),
             ("a,id=123456789012345678901", "21 bytes"),
         ] {
             let error = parse(text).unwrap_err();
