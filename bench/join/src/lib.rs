@@ -8,7 +8,7 @@
 //! - [`wire`] carries the driver's register accesses to the device, and counts
 //!   them; [`port`] does the same for ports.
 //! - [`ide`] is a machine with an IDE controller on a PCI bus.
-//! - [`stepped`] drives the device's lanes by hand, so that every run is the
+//! - [`mod@stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
 //! - [`disk`] is a disk that holds requests back until it is told to go on.

@@ -1,6 +1,6 @@
 //! The driver's half of a virtqueue: it owns every buffer that the device has.
 //!
-//! [`Queue`] is what the drivers build on. Each request takes a *slot*: the
+//! `Queue` is what the drivers build on. Each request takes a *slot*: the
 //! private record of what was posted, with a piece of coherent memory for its
 //! header, its status and its indirect table. Which ring format carries it is
 //! negotiated at run time and hidden in here.
