@@ -62,6 +62,17 @@ pub fn run(cli: &Cli) -> Result<()> {
 
     let results: Vec<RowResult> = sums.iter().filter_map(Sum::result).collect();
     let pairs = compare(&plan, &sums);
+    // Before the tables: nobody may be reading those any more.
+    if let Some(path) = &cli.json {
+        let document = json::Document {
+            schema: json::SCHEMA,
+            machine: &machine,
+            results: &results,
+            pairs: &pairs,
+            skipped: &skipped,
+        };
+        json::write(path, &document)?;
+    }
     writeln!(out, "\n{}", table::results(&results))?;
     if !pairs.is_empty() {
         writeln!(out, "\n{}", table::pairs(&pairs))?;
@@ -79,16 +90,6 @@ pub fn run(cli: &Cli) -> Result<()> {
     writeln!(out, "; none wrong. {} rounds, {seconds:.0} s.", cli.rounds)?;
     for note in &skipped {
         writeln!(out, "skipped: {note}")?;
-    }
-    if let Some(path) = &cli.json {
-        let document = json::Document {
-            schema: json::SCHEMA,
-            machine: &machine,
-            results: &results,
-            pairs: &pairs,
-            skipped: &skipped,
-        };
-        json::write(path, &document)?;
     }
     Ok(())
 }

@@ -1,0 +1,36 @@
+//! The `pvkit-bench` program: what it leaves behind, and what it says.
+
+use std::fs;
+use std::io::Read;
+use std::process::{Command, Stdio};
+
+/// The program without a virtual machine, on the quickest row.
+fn bench(filter: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pvkit-bench"));
+    command.args(["--join", "--rounds", "1", "--filter", filter]);
+    command
+}
+
+const ROW: &str = "randread-4k-qd1-polled/ide-dma/pvkit";
+
+#[test]
+fn figures_are_written_though_nobody_reads_the_tables() {
+    let directory = tempfile::tempdir().unwrap();
+    let json = directory.path().join("figures.json");
+    let mut child = bench(ROW)
+        .arg("--json")
+        .arg(&json)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // The first line, and no more: as `head -1` does.
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 16]).unwrap();
+    drop(stdout);
+    let status = child.wait().unwrap();
+    assert!(!status.success(), "the tables were lost");
+    assert!(fs::read_to_string(&json).unwrap().contains(ROW_IN_JOIN));
+}
+
+const ROW_IN_JOIN: &str = "randread-4k-qd1-polled/ide-dma/join";
