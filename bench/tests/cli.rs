@@ -34,3 +34,22 @@ fn figures_are_written_though_nobody_reads_the_tables() {
 }
 
 const ROW_IN_JOIN: &str = "randread-4k-qd1-polled/ide-dma/join";
+
+#[test]
+fn rows_that_are_not_measured_are_named_and_none_at_all_is_an_error() {
+    let output = bench("randread-4k-qd1-polled").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success());
+    assert!(
+        text.contains("skipped: ") && text.contains("they need a virtual machine"),
+        "{text}"
+    );
+
+    let output = bench("/qemu").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "nothing was verified");
+    assert!(
+        text.contains("nothing was measured") && text.contains("QEMU"),
+        "{text}"
+    );
+}
