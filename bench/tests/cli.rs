@@ -1,8 +1,10 @@
 //! The `pvkit-bench` program: what it leaves behind, and what it says.
 
 use std::fs;
-use std::io::Read;
-use std::process::{Command, Stdio};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The program without a virtual machine, on the quickest row.
 fn bench(filter: &str) -> Command {
@@ -52,4 +54,41 @@ fn rows_that_are_not_measured_are_named_and_none_at_all_is_an_error() {
         text.contains("nothing was measured") && text.contains("QEMU"),
         "{text}"
     );
+}
+
+/// Whether the process has a file of this directory open.
+fn has_open(child: &Child, directory: &Path) -> bool {
+    let Ok(open) = fs::read_dir(format!("/proc/{}/fd", child.id())) else {
+        return false;
+    };
+    open.flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .any(|link| link.starts_with(directory))
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_no_file() {
+    if pvkit_host::vmm::tsc_khz().is_err() {
+        let _ = writeln!(
+            std::io::stderr().lock(),
+            "skipped: /dev/kvm cannot be opened"
+        );
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pvkit-bench"))
+        .args(["--rounds", "100", "--no-qemu", "--filter", ROW])
+        .env("TMPDIR", directory.path())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while !has_open(&child, directory.path()) {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        assert!(child.try_wait().unwrap().is_none(), "it ended early");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
