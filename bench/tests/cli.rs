@@ -13,6 +13,10 @@ fn bench(filter: &str) -> Command {
     command
 }
 
+fn skipped(why: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
+}
+
 const ROW: &str = "randread-4k-qd1-polled/ide-dma/pvkit";
 
 #[test]
@@ -69,11 +73,7 @@ fn has_open(child: &Child, directory: &Path) -> bool {
 #[test]
 fn a_run_that_is_killed_leaves_no_file() {
     if pvkit_host::vmm::tsc_khz().is_err() {
-        let _ = writeln!(
-            std::io::stderr().lock(),
-            "skipped: /dev/kvm cannot be opened"
-        );
-        return;
+        return skipped("/dev/kvm cannot be opened");
     }
     let directory = tempfile::tempdir().unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_pvkit-bench"))
@@ -91,4 +91,28 @@ fn a_run_that_is_killed_leaves_no_file() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn what_keeps_qemu_from_starting_is_said() {
+    use std::os::unix::fs::PermissionsExt;
+    if pvkit_host::vmm::tsc_khz().is_err() {
+        return skipped("/dev/kvm cannot be opened");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let qemu = directory.path().join("qemu-system-x86_64");
+    let script = "#!/bin/sh\ntest \"$1\" = --version && exit\necho no disk today >&2\nexit 1\n";
+    fs::write(&qemu, script).unwrap();
+    fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_pvkit-bench"))
+        .args(["--rounds", "1", "--filter", "/qemu"])
+        .env("PATH", directory.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    if text.contains("qboot.rom is missing") {
+        return skipped("QEMU's firmware is missing");
+    }
+    assert!(!output.status.success());
+    assert!(text.contains("no disk today"), "{text}");
 }

@@ -126,10 +126,12 @@ pub fn run(
             errors.join().unwrap_or_default(),
         )
     });
-    // The guest's code c ends QEMU with 2c + 1.
-    let status = status.with_context(|| format!("QEMU\n{console}{errors}"))?;
+    let said = format!("QEMU\n{console}{errors}").trim_end().to_owned();
+    // The guest's code c ends QEMU with 2c + 1. But 1 is also how QEMU itself
+    // fails: then there is no report.
+    let status = status.with_context(|| said.clone())?;
     if status != Some(1) {
-        bail!("QEMU ended with {status:?}\n{console}{errors}");
+        bail!("{said}\nit ended with {status:?}");
     }
     let map = GuestMemoryMmap::<()>::from_ranges_with_files([(
         GuestAddress(0),
@@ -137,7 +139,7 @@ pub fn run(
         Some(FileOffset::new(ram.file().try_clone()?, 0)),
     )]);
     let memory = GuestMemory::new(Arc::new(map.context("the guest's memory")?))?;
-    read_report(&memory, tasks).context("QEMU")
+    read_report(&memory, tasks).context(said)
 }
 
 fn command(qemu: &Qemu, image: &Path, module: &Path, ram: &Path, disk: &Path) -> Command {
