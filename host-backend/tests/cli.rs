@@ -28,6 +28,7 @@ fn refuses(args: &[&str], words: &[&str]) {
         "{args:?}: none of these lines has {words:?}:\n{text}"
     );
     assert!(!text.contains("panicked"), "{text}");
+    assert!(text.matches("os error").count() <= 1, "said twice: {text}");
 }
 
 fn path(directory: &Path, name: &str, bytes: &[u8]) -> String {
@@ -148,6 +149,7 @@ fn a_user_without_rights_is_told_how_to_get_them() {
         text.contains("/dev/kvm") && text.contains("usermod -aG kvm"),
         "{text}"
     );
+    assert_eq!(text.matches("os error").count(), 1, "{text}");
     let text = as_nobody(&["--kernel", &kernel, "--disk", &locked]).unwrap();
     assert!(
         text.contains("locked.img") && text.contains("permission denied"),

@@ -151,10 +151,25 @@ fn main() -> ExitCode {
     match start(&run) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pvkit: {error:#}");
+            eprintln!("pvkit: {}", line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes, in one line. Many errors name their cause
+/// themselves; it is not said twice.
+fn line(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) {
+            text
+        } else if text.is_empty() {
+            cause
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }
 
 fn start(run: &Run) -> Result<ExitCode> {
