@@ -87,6 +87,16 @@ fn bad_sizes_and_images_are_named() {
     refuses(&["--kernel", "/no/such/image"], &["/no/such/image"]);
     let text = path(directory.path(), "text", b"not an image");
     refuses(&["--kernel", &text], &["text", "ELF"]);
+    let fifo = directory.path().join("fifo").display().to_string();
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    for other in [&fifo, &directory.path().display().to_string()] {
+        refuses(&["--kernel", other], &[other, "no regular file"]);
+    }
+    refuses(
+        &["--kernel", &kernel, "--module", "/dev/zero"],
+        &["a module of", "use a larger --memory"],
+    );
     refuses(
         &["--kernel", &kernel, "--module", "/no/such/module"],
         &["/no/such/module"],

@@ -7,7 +7,9 @@ use pvkit_host::disk::{Disk, FileDisk, FileOptions};
 use pvkit_host::executor::ThreadOptions;
 use pvkit_host::virtio::block::{Block, BlockOptions};
 use pvkit_host::vmm::{Stop, Vm, VmOptions};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -172,6 +174,16 @@ fn line(error: &anyhow::Error) -> String {
     })
 }
 
+/// Reads a file; of one that is larger than the guest's memory, just enough to
+/// show that it does not fit. It may be a pipe, or a device without an end.
+fn read_module(path: &Path, memory: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path)?;
+    file.take(memory.saturating_add(1))
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 fn start(run: &Run) -> Result<ExitCode> {
     // Files first: they are what is most often wrong.
     let mut disks = Vec::new();
@@ -180,7 +192,8 @@ fn start(run: &Run) -> Result<ExitCode> {
     }
     let module = match &run.module {
         Some(path) => {
-            Some(std::fs::read(path).with_context(|| format!("module {}", path.display()))?)
+            let read = read_module(path, run.memory.0);
+            Some(read.with_context(|| format!("module {}", path.display()))?)
         }
         None => None,
     };
