@@ -9,6 +9,7 @@ use pvkit_host::virtio::block::{Block, BlockOptions};
 use pvkit_host::vmm::{Stop, Vm, VmOptions};
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -201,7 +202,9 @@ fn start(run: &Run) -> Result<ExitCode> {
         memory_bytes: run.memory.0,
         vcpus: run.cpus,
     })?;
-    vm.add_serial(Box::new(std::io::stdout()))?;
+    // Not `Stdout`: a full pipe must not keep the machine from stopping.
+    let console = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    vm.add_serial(Box::new(console))?;
     let threads = ThreadOptions {
         spin: Duration::from_micros(run.spin_us),
         ..ThreadOptions::default()

@@ -190,19 +190,24 @@ impl Vcpu {
 }
 
 impl VcpuThread {
-    /// Makes the vCPU leave the guest, and waits until its thread has ended.
+    /// Makes the vCPU leave the guest; `false` if its thread has ended.
+    fn kick(&self) -> bool {
+        !self.0.is_finished() && self.0.kill(kick_signal()).is_ok()
+    }
+
+    /// Makes vCPUs leave the guest, and waits until their threads have ended.
     /// The machine has been stopped.
-    pub(super) fn end(self) {
+    pub(super) fn end(threads: Vec<Self>) {
         // A signal that comes just before KVM_RUN is entered has no effect, so
-        // it is sent until it does.
-        while !self.0.is_finished() {
-            if self.0.kill(kick_signal()).is_err() {
-                break;
-            }
+        // it is sent until it does; and to all, because one may wait with a
+        // device locked that another needs.
+        while threads.iter().filter(|thread| thread.kick()).count() > 0 {
             thread::sleep(Duration::from_millis(1));
         }
-        if self.0.join().is_err() {
-            log::error!("a vCPU thread died");
+        for thread in threads {
+            if thread.0.join().is_err() {
+                log::error!("a vCPU thread died");
+            }
         }
     }
 }
