@@ -150,6 +150,29 @@ fn a_guest_that_prints_where_nobody_reads_can_be_stopped() {
 }
 
 #[test]
+fn a_device_that_panics_ends_its_machine() {
+    if !have_kvm() {
+        return;
+    }
+    #[derive(Debug)]
+    struct Panics;
+    impl BusDevice for Panics {
+        fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
+        fn write(&mut self, _offset: u64, _data: &[u8]) {
+            panic!("as it was told");
+        }
+    }
+    let mut vm = vm();
+    vm.add_ports(0x700, 1, Arc::new(Mutex::new(Panics)));
+    load(&mut vm, Code::new().out8(0x700, 0).forever());
+    let stop = run(vm);
+    assert!(
+        matches!(&stop, Stop::Vcpu(why) if why.contains("panicked")),
+        "{stop}"
+    );
+}
+
+#[test]
 fn a_guest_that_crashes_is_told_from_one_that_ends() {
     if !have_kvm() {
         return;

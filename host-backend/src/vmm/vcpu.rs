@@ -87,6 +87,17 @@ pub(super) struct Vcpu {
     power: Arc<Power>,
 }
 
+/// Stops the machine if its thread panics: nobody else would notice.
+struct PanicGuard(Arc<Power>);
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.stop(Stop::Vcpu("its thread panicked".to_owned()));
+        }
+    }
+}
+
 /// A vCPU that runs.
 #[derive(Debug)]
 pub(super) struct VcpuThread(JoinHandle<()>);
@@ -123,6 +134,7 @@ impl Vcpu {
         let thread = thread::Builder::new().name(name).spawn(move || {
             let tid = rustix::thread::gettid().as_raw_nonzero().get();
             lock(&threads).push(tid);
+            let _guard = PanicGuard(self.power.clone());
             while !self.power.is_stopped() {
                 if let Some(stop) = self.step() {
                     self.power.stop(stop);
