@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Code, elf, have_kvm, write};
+use pvkit_protocol::virtio::{block, mmio};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -119,6 +120,70 @@ fn the_exit_code_is_the_guest_s() {
         &["--kernel", &kernel, "--timeout", "1"],
         &["1 s", "--timeout"],
     );
+}
+
+/// A guest that writes sector 16 of its disk, and ends with the request's
+/// status.
+fn writer() -> Code {
+    const REGISTERS: u32 = 0xd000_0000;
+    let (table, avail, used) = (0x20_0000, 0x20_1000, 0x20_2000);
+    let (header, data, status) = (0x20_3000, 0x20_4000, 0x20_5000);
+    let mut code = Code::new().store(header, 1).store(header + 8, 16);
+    code = code.store8(status, 0xff).store(avail, 1 << 16);
+    // Length, then flags (1: another follows, 2: written) and what follows.
+    for (index, (addr, len, rest)) in [
+        (header, 16, 1 | 1 << 16),
+        (data, 512, 1 | 2 << 16),
+        (status, 1, 2),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let at = table + 16 * index as u32;
+        code = code.store(at, addr).store(at + 8, len).store(at + 12, rest);
+    }
+    for (register, value) in [
+        (mmio::STATUS, 0),
+        (mmio::STATUS, 3),
+        (mmio::DRIVER_FEATURES, 1 << 9), // FLUSH
+        (mmio::DRIVER_FEATURES_SEL, 1),
+        (mmio::DRIVER_FEATURES, 1), // VERSION_1
+        (mmio::STATUS, 11),
+        (mmio::QUEUE_SIZE, 4),
+        (mmio::QUEUE_DESC_LOW, table),
+        (mmio::QUEUE_DRIVER_LOW, avail),
+        (mmio::QUEUE_DEVICE_LOW, used),
+        (mmio::QUEUE_READY, 1),
+        (mmio::STATUS, 15),
+        (mmio::QUEUE_NOTIFY, 0),
+    ] {
+        code = code.store(REGISTERS + register as u32, value);
+    }
+    code.wait_while8(status, 0xff).exit_with(status)
+}
+
+#[test]
+fn a_limit_of_file_sizes_fails_the_request_and_not_the_machine() {
+    if !have_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = path(directory.path(), "guest", &elf(&writer().0));
+    let disk = path(directory.path(), "disk.img", &[0; 64 * 1024]);
+    for (limit, expected) in [
+        ("unlimited", block::status::OK),
+        ("1", block::status::IOERR),
+    ] {
+        let script = format!("ulimit -f {limit}; exec \"$@\"");
+        let output = Command::new("sh")
+            .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_pvkit"), "run"])
+            .args(["--timeout", "20", "--kernel", &kernel, "--disk", &disk])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(i32::from(expected)), "{text}");
+        assert_eq!(text, "");
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
+use vmm_sys_util::signal::register_signal_handler;
 
 #[derive(Debug, Parser)]
 #[command(version, about = "Paravirtual devices for virtual machines")]
@@ -185,7 +186,18 @@ fn read_module(path: &Path, memory: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The limit of file sizes (`ulimit -f`) sends a signal that ends the program;
+/// handled, the write fails, and so the guest's request.
+extern "C" fn on_size_limit(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+}
+
 fn start(run: &Run) -> Result<ExitCode> {
+    register_signal_handler(libc::SIGXFSZ, on_size_limit)
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
     // Files first: they are what is most often wrong.
     let mut disks = Vec::new();
     for arg in &run.disk {
