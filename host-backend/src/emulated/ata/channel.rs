@@ -141,9 +141,7 @@ impl Channel {
 
     /// Whether the disk had no room for a request.
     pub(super) fn is_stalled(&self) -> bool {
-        self.device
-            .as_ref()
-            .is_some_and(|device| device.is_stalled())
+        self.device.as_ref().is_some_and(Device::is_stalled)
     }
 
     pub(super) fn device(&self) -> Option<&Device> {
