@@ -63,6 +63,10 @@ fn bad_disks_are_named_and_left_alone() {
         &["23 bytes", "20"],
     );
     run("", &["path is missing"]);
+    refuses(
+        &["--kernel", &kernel, "--disk", &good, "--disk", &good],
+        &["good.img", "twice", "ro"],
+    );
 }
 
 #[test]

@@ -75,8 +75,11 @@ pub enum OpenError {
         /// The next size that would do.
         suggested: u64,
     },
-    /// Somebody else uses it.
-    #[error("disk {path}: in use by another process; stop it, or open the disk read-only in both")]
+    /// Somebody else uses it, or this machine has it twice.
+    #[error(
+        "disk {path}: in use by another process, or named twice; stop that, or open it read-only \
+         in both places (`ro`)"
+    )]
     InUse {
         /// The file.
         path: PathBuf,
