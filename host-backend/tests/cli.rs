@@ -126,6 +126,23 @@ fn the_exit_code_is_the_guest_s() {
     );
 }
 
+#[test]
+fn a_size_that_direct_io_cannot_have_is_named() {
+    // A file system in memory has blocks of 4096 bytes, if it knows them.
+    let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else {
+        return common::skipped("/dev/shm is missing");
+    };
+    file.as_file().set_len(1536).unwrap();
+    let disk = format!("{},direct", file.path().display());
+    let output = pvkit(&["--kernel", "/no/such/image", "--disk", &disk]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    if !text.contains("1536 bytes") {
+        return common::skipped(&format!("another size fits here: {text}"));
+    }
+    let words = ["4096", "leave `direct` away", "truncate -s 4096"];
+    assert!(words.iter().all(|word| text.contains(word)), "{text}");
+}
+
 /// A guest that writes sector 16 of its disk, and ends with the request's
 /// status.
 fn writer() -> Code {
