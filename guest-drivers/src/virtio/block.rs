@@ -155,7 +155,7 @@ impl<T: Transport> Block<T> {
             block.transport.identity(0),
             storage(&shape),
         )?;
-        block.transport.set_up_queue(0, queue.expose());
+        queue.expose(&mut block.transport);
         let mut queue = VirtioBlockQueue {
             queue,
             limits: block.limits,
@@ -267,8 +267,7 @@ impl<T: Transport> Block<T> {
         }
         self.limits.capacity = limits.capacity;
         queue.limits = self.limits;
-        let at = queue.queue.restart(self.transport.identity(0));
-        self.transport.set_up_queue(0, at);
+        queue.queue.restart(&mut self.transport);
         self.go(queue)
     }
 

@@ -216,7 +216,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
         self.registers.read_u32(mmio::QUEUE_SIZE_MAX)
     }
 
-    fn set_up_queue(&mut self, queue: u16, at: QueueAddresses) {
+    unsafe fn set_up_queue(&mut self, queue: u16, at: QueueAddresses) {
         self.select(queue);
         self.registers
             .write_u32(mmio::QUEUE_SIZE, u32::from(at.size.get()));

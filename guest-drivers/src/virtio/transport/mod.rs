@@ -199,7 +199,18 @@ pub unsafe trait Transport: Send {
     fn queue_max_size(&mut self, queue: u16) -> u32;
 
     /// Tells the device where a queue lies, and enables it.
-    fn set_up_queue(&mut self, queue: u16, at: QueueAddresses);
+    ///
+    /// ```compile_fail,E0133
+    /// # use pvkit_guest::virtio::transport::{QueueAddresses, Transport};
+    /// fn anywhere(transport: &mut impl Transport, at: QueueAddresses) {
+    ///     transport.set_up_queue(0, at);
+    /// }
+    /// ```
+    ///
+    /// # Safety
+    /// The device may read and write the ring at these addresses, and the
+    /// buffers that the ring names, until a reset proves that it has let go.
+    unsafe fn set_up_queue(&mut self, queue: u16, at: QueueAddresses);
 
     /// The doorbell of a queue.
     fn doorbell(&self, queue: u16) -> Self::Doorbell;
