@@ -16,6 +16,7 @@ use crate::block::{
 use crate::dma::{DmaBuf, DmaBufMut, DmaSpace};
 use crate::doorbell::Doorbell;
 use crate::fault::Fault;
+use core::mem::offset_of;
 use pvkit_protocol::virtio::block::{
     BlockConfig, BlockFeatures, RequestHeader, RequestType, status,
 };
@@ -321,9 +322,38 @@ impl<T: Transport> Block<T> {
     /// Reads the configuration and checks every field that was negotiated:
     /// none of it is trusted.
     fn read_limits(&self) -> Result<BlockLimits, InitError> {
-        let mut config = BlockConfig::new_zeroed();
-        init::read_config(&self.transport, config.as_mut_bytes())?;
         let has = BlockFeatures::from(self.features);
+        let config = init::read_config(&self.transport, |transport| {
+            let mut config = BlockConfig::new_zeroed();
+            // A field without its feature must not be accessed (§2.5.1).
+            for (feature, offset, field) in [
+                (
+                    BlockFeatures::empty(),
+                    offset_of!(BlockConfig, capacity),
+                    config.capacity.as_mut_bytes(),
+                ),
+                (
+                    BlockFeatures::SIZE_MAX,
+                    offset_of!(BlockConfig, size_max),
+                    config.size_max.as_mut_bytes(),
+                ),
+                (
+                    BlockFeatures::SEG_MAX,
+                    offset_of!(BlockConfig, seg_max),
+                    config.seg_max.as_mut_bytes(),
+                ),
+                (
+                    BlockFeatures::BLK_SIZE,
+                    offset_of!(BlockConfig, blk_size),
+                    config.blk_size.as_mut_bytes(),
+                ),
+            ] {
+                if has.contains(feature) {
+                    transport.read_config(offset, field);
+                }
+            }
+            config
+        })?;
         let bad = |field, value: u64| Err(InitError::Config { field, value });
 
         let capacity = config.capacity.get();

@@ -119,14 +119,17 @@ pub(super) fn driver_ok<T: Transport>(transport: &mut T) -> Result<(), InitError
     Ok(())
 }
 
-/// Reads the first bytes of the configuration space, all of one generation
-/// (§2.5.3).
-pub(super) fn read_config<T: Transport>(transport: &T, out: &mut [u8]) -> Result<(), InitError> {
+/// Reads fields of the configuration space, all of one generation (§2.5.1).
+/// `read` reads them, possibly several times.
+pub(super) fn read_config<T: Transport, C>(
+    transport: &T,
+    read: impl Fn(&T) -> C,
+) -> Result<C, InitError> {
     for _ in 0..CONFIG_READS {
         let before = transport.config_generation();
-        transport.read_config(0, out);
+        let config = read(transport);
         if transport.config_generation() == before {
-            return Ok(());
+            return Ok(config);
         }
     }
     Err(InitError::ConfigUnstable(CONFIG_READS))

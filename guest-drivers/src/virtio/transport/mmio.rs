@@ -173,9 +173,8 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
     fn read_config(&self, offset: usize, out: &mut [u8]) {
         let mut place = mmio::CONFIG.saturating_add(offset);
         let mut rest = out;
-        // §4.2.2.2: fields are read with accesses of their own width; all
-        // wider fields are naturally aligned, except 64-bit ones, which are
-        // read as two halves.
+        // §4.2.2.2: a field is read with an access of its own width, and one of
+        // 64 bits as two halves; all are aligned to that.
         while !rest.is_empty() {
             let width = match rest.len() {
                 4.. if place.is_multiple_of(4) => 4,

@@ -188,11 +188,12 @@ pub unsafe trait Transport: Send {
     /// Changes whenever the configuration space may have changed.
     fn config_generation(&self) -> u32;
 
-    /// Reads configuration space from `offset` on, with accesses as wide as
-    /// their alignment allows; bytes beyond its end read as ones.
+    /// Reads the field at `offset` of configuration space, with accesses as
+    /// wide as it is, or of 32 bits if it is wider; bytes beyond the end of the
+    /// space read as ones.
     fn read_config(&self, offset: usize, out: &mut [u8]);
 
-    /// Writes configuration space from `offset` on.
+    /// Writes the field at `offset` of configuration space.
     fn write_config(&mut self, offset: usize, data: &[u8]);
 
     /// The largest size of a queue; 0 if there is no such queue.
