@@ -6,10 +6,10 @@ use pvkit_guest::dma::DmaError;
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::queue::QueueError;
-use pvkit_guest::virtio::transport::{MmioError, MmioTransport, ResetTimeout};
+use pvkit_guest::virtio::transport::{MmioError, MmioTransport, ResetTimeout, Transport};
 use pvkit_join::arena::Arena;
 use pvkit_join::hostile::Noise;
-use pvkit_join::hostile::device::{Device, device};
+use pvkit_join::hostile::device::{Device, device, transport};
 use pvkit_protocol::virtio::block::BlockFeatures;
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
 
@@ -340,6 +340,19 @@ fn no_field_is_read_without_its_feature() {
         let mut scene = Scene::on(arena, wire);
         assert_eq!(seen.try_iter().collect::<Vec<_>>(), fields, "{features:?}");
         assert!(scene.works(1));
+    }
+}
+
+#[test]
+fn configuration_space_ends_somewhere() {
+    let arena = Arena::new(1 << 16);
+    let wire = device(&arena, SECTORS);
+    let mut transport = transport(&wire);
+    for offset in [0x100, usize::MAX - mmio::CONFIG - 2, usize::MAX] {
+        let mut bytes = [0; 7];
+        transport.read_config(offset, &mut bytes);
+        assert_eq!(bytes, [0xff; 7], "{offset:#x}");
+        transport.write_config(offset, &bytes);
     }
 }
 

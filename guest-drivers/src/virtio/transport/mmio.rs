@@ -191,7 +191,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
                 *byte = value;
             }
             rest = later;
-            place += width;
+            place = place.saturating_add(width);
         }
     }
 
@@ -204,7 +204,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
                 .write_u32(start, u32::from_le_bytes([a, b, c, d])),
             _ => {
                 for (index, byte) in data.iter().enumerate() {
-                    self.registers.write_u8(start + index, *byte);
+                    self.registers.write_u8(start.saturating_add(index), *byte);
                 }
             }
         }
