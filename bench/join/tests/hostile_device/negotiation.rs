@@ -27,6 +27,7 @@ fn refused(name: &str, expected: InitError, lie: impl FnOnce(&mut Device)) {
     assert_eq!(error, expected, "{name}");
     assert!(!error.to_string().is_empty());
     assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "{name}");
+    assert!(wire.device().cleared.is_empty(), "{name}: only resets do");
     let status = wire.device().status;
     assert!(
         status.is_empty() || status.contains(DeviceStatus::FAILED),
