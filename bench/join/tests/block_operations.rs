@@ -301,15 +301,27 @@ fn a_timed_out_queue_reports_it_once_and_recovers() {
 #[test]
 fn a_queue_of_another_device_is_not_reclaimed() {
     let mut one = pair(8, DeviceOptions::default(), BlockOptions::default());
-    let mut two = pair(8, DeviceOptions::default(), BlockOptions::default());
+    let mut two = pair(16, DeviceOptions::default(), BlockOptions::default());
     two.queue
-        .submit(BlockOp::Read { sector: 0 }, Some(vec![0; 512]), 1)
+        .submit(BlockOp::Read { sector: 9 }, Some(vec![0; 512]), 1)
         .unwrap();
     let error = one
         .block
         .recover(&mut two.queue, &mut |_| panic!("not ours"))
         .unwrap_err();
     assert_eq!(error, InitError::ForeignQueue);
+    let error = one.block.refresh(&mut two.queue).unwrap_err();
+    assert_eq!(error, InitError::ForeignQueue);
+    // Neither has noticed.
+    assert_eq!(two.queue.limits().capacity, 16);
+    two.queue.publish();
+    two.steps.run();
+    let done = two.queue.complete().unwrap().expect("a completion");
+    assert_eq!(done.buffer.unwrap(), pattern(9, 512));
+    assert_eq!(one.read(3, 512), pattern(3, 512));
+    two.queue
+        .submit(BlockOp::Read { sector: 9 }, Some(vec![0; 512]), 2)
+        .unwrap();
     let error = one.block.close(two.queue, &mut |_| panic!("not ours"));
     assert_eq!(error, Ok(()));
     assert!(

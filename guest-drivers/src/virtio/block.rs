@@ -204,12 +204,13 @@ impl<T: Transport> Block<T> {
     /// grown or shrunk. Everything but the size stays as it was negotiated.
     ///
     /// # Errors
-    /// [`InitError`] if the device's answer makes no sense; then nothing
-    /// changes.
+    /// [`InitError`] if the device's answer makes no sense, or the queue is
+    /// that of another device; then nothing changes.
     pub fn refresh<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
         &mut self,
         queue: &mut QueueOf<B, S, T>,
     ) -> Result<(), InitError> {
+        self.check_own(queue)?;
         let limits = self.read_limits()?;
         self.limits.capacity = limits.capacity;
         queue.limits.capacity = limits.capacity;
@@ -223,12 +224,14 @@ impl<T: Transport> Block<T> {
     /// # Errors
     /// [`InitError`]; the queue stays retired, and recovering can be tried
     /// again. Requests come back as soon as the device has been reset, whatever
-    /// goes wrong after that, and none of them before.
+    /// goes wrong after that, and none of them before. With the queue of
+    /// another device, nothing happens to either.
     pub fn recover<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
         &mut self,
         queue: &mut QueueOf<B, S, T>,
         each: &mut dyn FnMut(Done<B>),
     ) -> Result<(), InitError> {
+        self.check_own(queue)?;
         queue.queue.retire(Fault::NeedsReset);
         let allow = supported() & (self.options.allow | Features::VERSION_1);
         let proof = self.transport.reset()?;
@@ -274,7 +277,8 @@ impl<T: Transport> Block<T> {
 
     /// Stops the device for good: outstanding requests come back through
     /// `each`, the queue's memory is freed, and the transport can be used by
-    /// another driver.
+    /// another driver. The queue of another device is leaked, as if it were
+    /// dropped.
     ///
     /// # Errors
     /// [`ResetTimeout`]: the device does not let go, so the queue and its
@@ -297,6 +301,18 @@ impl<T: Transport> Block<T> {
                 });
             });
         Ok(())
+    }
+
+    /// Whether a queue is that of this device.
+    fn check_own<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &self,
+        queue: &QueueOf<B, S, T>,
+    ) -> Result<(), InitError> {
+        if queue.queue.is_of(&self.transport) {
+            Ok(())
+        } else {
+            Err(InitError::ForeignQueue)
+        }
     }
 
     /// Whether the limits that the driver goes on with hold after a reset, too:

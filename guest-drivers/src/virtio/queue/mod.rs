@@ -182,6 +182,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         unsafe { transport.set_up_queue(self.shape.index, at) };
     }
 
+    /// Whether this is the queue that `transport` has under its number.
+    pub(crate) fn is_of<T: Transport>(&self, transport: &T) -> bool {
+        self.identity.is_queue(transport.identity(self.shape.index))
+    }
+
     pub(crate) fn counters(&self) -> QueueCounters {
         self.counters
     }

@@ -59,6 +59,13 @@ pub struct QueueIdentity {
     queue: u16,
 }
 
+impl QueueIdentity {
+    /// Whether both are the same queue of the same device, in whatever life.
+    pub(crate) fn is_queue(self, other: Self) -> bool {
+        (self.device, self.queue) == (other.device, other.queue)
+    }
+}
+
 /// Counts the lives of one device, for implementations of [`Transport`].
 #[derive(Debug)]
 pub struct Lives {
