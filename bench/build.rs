@@ -6,15 +6,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What the guest image is made from, relative to this crate.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 12] = [
     "guest/src",
     "guest/build.rs",
     "guest/link.ld",
     "guest/Cargo.toml",
     "guest/Cargo.lock",
     "workload/src",
+    "workload/Cargo.toml",
     "../guest-drivers/src",
+    "../guest-drivers/Cargo.toml",
     "../protocol/src",
+    "../protocol/Cargo.toml",
     "../Cargo.toml",
 ];
 

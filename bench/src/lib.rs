@@ -5,7 +5,8 @@
 //! run, interleaved.
 //!
 //! - [`row`] says what is measured, [`plan`] which of it in this run.
-//! - [`test_file`] is the file behind all disks, and checks what was written.
+//! - [`scratch`] makes files that a killed run does not leave behind;
+//!   [`test_file`] is the file behind all disks, and checks what was written.
 //! - [`pass`] runs a list of jobs once: in pvkit's own monitor, in QEMU, or,
 //!   without `/dev/kvm`, in the join.
 //! - [`measure`] adds up what several passes brought.
@@ -21,4 +22,5 @@ pub mod pass;
 pub mod plan;
 pub mod row;
 pub mod run;
+pub mod scratch;
 pub mod test_file;

@@ -6,10 +6,10 @@ use crate::measure::{Pair, RowResult, Sum};
 use crate::output::{json, table};
 use crate::pass::{self, Measurement, Settings, Task};
 use crate::plan::{Plan, base_row};
-use crate::row::{Loop, Vmm};
+use crate::row::{Loop, Row, Vmm};
 use crate::test_file::{self, TestFile};
 use crate::{image, pass::qemu};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pvkit_host::disk::{FileDisk, FileOptions, MemoryDisk};
 use pvkit_host::vmm;
@@ -48,8 +48,17 @@ pub fn run(cli: &Cli) -> Result<()> {
             "{why}: driver and device run in one process, without a virtual machine. \
              Counts only; times would mean nothing."
         )?;
+        let most = plan.rows.len();
+        let needs_machine = |row: &&Row| row.vmm == Vmm::Qemu || row.looping == Loop::Open;
+        let left_out = plan.rows.iter().filter(needs_machine).count();
         plan = plan.for_join();
-        in_join(cli, &plan, &directory)?
+        let mut outcome = in_join(cli, &plan, &directory)?;
+        if left_out > 0 {
+            outcome.skipped.push(format!(
+                "{left_out} of {most} rows, of QEMU or in open loops: they need a virtual machine"
+            ));
+        }
+        outcome
     } else {
         in_machines(cli, &mut plan, &directory, &mut out)?
     };
@@ -61,7 +70,21 @@ pub fn run(cli: &Cli) -> Result<()> {
     } = outcome;
 
     let results: Vec<RowResult> = sums.iter().filter_map(Sum::result).collect();
+    if results.is_empty() {
+        bail!("nothing was measured; skipped: {}", skipped.join("; "));
+    }
     let pairs = compare(&plan, &sums);
+    // Before the tables: nobody may be reading those any more.
+    if let Some(path) = &cli.json {
+        let document = json::Document {
+            schema: json::SCHEMA,
+            machine: &machine,
+            results: &results,
+            pairs: &pairs,
+            skipped: &skipped,
+        };
+        json::write(path, &document)?;
+    }
     writeln!(out, "\n{}", table::results(&results))?;
     if !pairs.is_empty() {
         writeln!(out, "\n{}", table::pairs(&pairs))?;
@@ -79,16 +102,6 @@ pub fn run(cli: &Cli) -> Result<()> {
     writeln!(out, "; none wrong. {} rounds, {seconds:.0} s.", cli.rounds)?;
     for note in &skipped {
         writeln!(out, "skipped: {note}")?;
-    }
-    if let Some(path) = &cli.json {
-        let document = json::Document {
-            schema: json::SCHEMA,
-            machine: &machine,
-            results: &results,
-            pairs: &pairs,
-            skipped: &skipped,
-        };
-        json::write(path, &document)?;
     }
     Ok(())
 }
@@ -138,6 +151,14 @@ fn in_machines(
     let mut machine = Machine::look(directory, tsc_khz);
     let mut skipped = Vec::new();
     let qemu = find_qemu(cli, plan, machine.software_kvm, &mut skipped);
+    let open = |row: &&Row| row.looping == Loop::Open;
+    let open = plan.rows.iter().filter(open).count();
+    if cli.rounds == 1 && open > 0 {
+        skipped.push(format!(
+            "{open} rows in open loops: their rate follows from the first round; \
+             use --rounds 2 or more"
+        ));
+    }
     machine.qemu = qemu.as_ref().map(|qemu| qemu.version.clone());
     writeln!(out, "{}", machine.describe())?;
 

@@ -3,12 +3,12 @@
 //! Its first half is only read, and keeps the content that it is made with.
 //! Its second half is written to, and checked when all is over.
 
+use crate::scratch::Scratch;
 use anyhow::{Context, Result};
 use pvkit_workload::pattern::{self, FIRST, Round, SECTOR_BYTES};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use tempfile::NamedTempFile;
 
 /// Sectors of each half: 64 MiB.
 pub const HALF_SECTORS: u64 = (64 << 20) / SECTOR_BYTES as u64;
@@ -28,9 +28,9 @@ pub fn content() -> Vec<u8> {
     content
 }
 
-/// The file; it is removed when the value is dropped.
+/// The file, which has no name and ends with the value.
 #[derive(Debug)]
-pub struct TestFile(NamedTempFile);
+pub struct TestFile(Scratch);
 
 impl TestFile {
     /// Makes the file in `directory`, and leaves it in the page cache, with
@@ -40,14 +40,13 @@ impl TestFile {
     /// If the directory cannot be written to, or is full.
     pub fn new(directory: &Path) -> Result<Self> {
         let context = || format!("a test file of 128 MiB in {}", directory.display());
-        let mut file =
-            NamedTempFile::with_prefix_in("pvkit-bench-", directory).with_context(context)?;
-        file.write_all(&content()).with_context(context)?;
-        file.as_file().sync_all().with_context(context)?;
+        let file = Scratch::new(directory).with_context(context)?;
+        file.file().write_all(&content()).with_context(context)?;
+        file.file().sync_all().with_context(context)?;
         Ok(Self(file))
     }
 
-    /// Where it is.
+    /// A path by which it can be opened.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.0.path()

@@ -30,8 +30,9 @@ pub enum BlockOp {
     },
     /// Makes all writes that have completed durable. Takes no buffer.
     Flush,
-    /// Reads the disk's id string into a buffer of exactly [`ID_BYTES`] bytes,
-    /// padded with zeros.
+    /// Reads the disk's id string into a buffer of exactly [`ID_BYTES`] bytes.
+    /// A shorter one ends at the first zero; devices such as QEMU's leave what
+    /// the buffer held behind it.
     GetId,
 }
 

@@ -128,9 +128,13 @@ mod heap {
             self.len()
         }
         fn into_raw(self) -> RawVec {
-            let capacity = self.capacity();
+            // Not through a slice, whose pointer would not be good for the
+            // unused capacity.
+            let (start, len, capacity) = self.into_raw_parts();
+            // SAFETY: a vector's pointer is never null.
+            let start = unsafe { NonNull::new_unchecked(start) };
             RawVec {
-                slice: RawSlice(NonNull::from(Vec::leak(self))),
+                slice: RawSlice(NonNull::slice_from_raw_parts(start, len)),
                 capacity,
             }
         }
@@ -140,7 +144,7 @@ mod heap {
         unsafe fn from_raw(raw: RawVec) -> Self {
             let start = raw.slice.0.cast::<u8>().as_ptr();
             // SAFETY: pointer, length and capacity come from one vector, which
-            // was leaked in `into_raw`.
+            // was taken apart in `into_raw`.
             unsafe { Self::from_raw_parts(start, raw.slice.0.len(), raw.capacity) }
         }
     }
@@ -591,5 +595,53 @@ unsafe impl DmaSpace for LinearSpace {
         _written: usize,
     ) -> Result<(), StillShared> {
         Ok(())
+    }
+}
+
+#[cfg(all(test, feature = "alloc"))]
+mod tests {
+    use super::{DmaBuf, DmaSpace, LinearSpace};
+    use alloc::vec::Vec;
+    use core::alloc::Layout;
+
+    /// Mostly for Miri, which sees what the pointers are good for.
+    #[test]
+    fn a_vector_comes_back_with_its_unused_capacity() {
+        for len in [0, 1, 100] {
+            let mut vector = Vec::with_capacity(100);
+            vector.resize(len, 1u8);
+            let place = vector.as_ptr();
+            let raw = vector.into_raw();
+            Vec::segments(&raw, &mut |mut piece| {
+                assert_eq!(piece.len(), len);
+                // SAFETY: nobody else has the vector, and no device.
+                unsafe { piece.as_mut() }.fill(2);
+            });
+            // SAFETY: as above.
+            let mut vector = unsafe { Vec::from_raw(raw) };
+            vector.resize(100, 2);
+            assert_eq!((vector.as_ptr(), vector.as_slice()), (place, &[2; 100][..]));
+        }
+    }
+
+    #[test]
+    fn a_region_ends_where_it_ends() {
+        // SAFETY: there is no device.
+        let space = unsafe { LinearSpace::new(0) };
+        let region = space
+            .alloc(Layout::from_size_align(10, 8).unwrap())
+            .unwrap();
+        region.write_u64(0, u64::MAX);
+        region.write_u16(8, 0x1234);
+        assert_eq!((region.read_u16(8), region.read_u8(9)), (0x1234, 0x12));
+        for offset in [1, 4, 8, 9, 10, usize::MAX, usize::MAX - 7] {
+            region.write_u64(offset, 0);
+            assert_eq!(region.read_u64(offset), 0, "{offset}");
+        }
+        for offset in [7, 9, 10, usize::MAX] {
+            region.store_release_u16(offset, 0);
+            assert_eq!(region.load_acquire_u16(offset), 0, "{offset}");
+        }
+        assert_eq!((region.read_u64(0), region.read_u16(8)), (u64::MAX, 0x1234));
     }
 }

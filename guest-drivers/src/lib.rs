@@ -64,9 +64,9 @@
 //!
 //! ## Unsafe code
 //!
-//! It stands in [`dma`], [`register`], the transports, the record of lent
-//! buffers, and the two ways in which the ATA driver moves data. Every other
-//! module forbids it.
+//! It stands in [`dma`], [`register`], the transports, the virtqueue, the
+//! record of lent buffers, the barriers, and the two ways in which the ATA
+//! driver moves data. No other module has any.
 #![no_std]
 #![deny(unsafe_code)]
 #![cfg_attr(

@@ -26,8 +26,8 @@ pub enum PciError {
         /// What it reads as.
         value: u32,
     },
-    /// The base address register has a size that no such register can have, or
-    /// lies outside of port space.
+    /// The base address register has a size that no such register can have, is
+    /// not aligned to it, or lies outside of port space.
     #[error("base address register {bar} reads {value:#x}, and {ones:#x} after all ones")]
     Size {
         /// The register.
@@ -254,7 +254,9 @@ impl<P: PortIo> PciConfig<P> {
         let size = mask.wrapping_neg();
         let base = u16::try_from(value & BAR_IO_MASK).ok();
         match base {
-            Some(base) if size.is_power_of_two() => Ok(PortBar { base, size }),
+            Some(base) if size.is_power_of_two() && base.is_multiple_of(size) => {
+                Ok(PortBar { base, size })
+            }
             _ => Err(PciError::Size { bar, value, ones }),
         }
     }

@@ -60,7 +60,7 @@ impl MmioRegisters {
     /// # Safety
     /// `base` is aligned to 8 bytes; the window is mapped uncached for as long
     /// as this value or a clone exists, and holds registers of a device, which
-    /// only drivers made from this value use.
+    /// only drivers made from this value use, one at a time.
     #[must_use]
     pub const unsafe fn new(base: NonNull<u8>, len: usize) -> Self {
         Self { base, len }
@@ -242,7 +242,8 @@ mod x86_64 {
         /// # Safety
         /// The program may execute `in` and `out` (CPL 0, IOPL, or the task
         /// state segment's bitmap), and drivers made from this value own the
-        /// ports that they use.
+        /// ports that they use, one driver at a time: a second one on the
+        /// channel of a disk would point its bus master to other memory.
         #[must_use]
         pub const unsafe fn new() -> Self {
             Self(())

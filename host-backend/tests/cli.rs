@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Code, elf, have_kvm, write};
+use pvkit_protocol::virtio::{block, mmio};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -28,6 +29,7 @@ fn refuses(args: &[&str], words: &[&str]) {
         "{args:?}: none of these lines has {words:?}:\n{text}"
     );
     assert!(!text.contains("panicked"), "{text}");
+    assert!(text.matches("os error").count() <= 1, "said twice: {text}");
 }
 
 fn path(directory: &Path, name: &str, bytes: &[u8]) -> String {
@@ -68,6 +70,10 @@ fn bad_disks_are_named_and_left_alone() {
             "--kernel", &kernel, "--disk", &ide, "--disk", &ide, "--disk", &ide,
         ],
         &["good.img", "2 disks", "bus=ide"],
+    );
+    refuses(
+        &["--kernel", &kernel, "--disk", &good, "--disk", &good],
+        &["good.img", "twice", "ro"],
     );
 }
 
@@ -125,6 +131,16 @@ fn bad_sizes_and_images_are_named() {
     refuses(&["--kernel", "/no/such/image"], &["/no/such/image"]);
     let text = path(directory.path(), "text", b"not an image");
     refuses(&["--kernel", &text], &["text", "ELF"]);
+    let fifo = directory.path().join("fifo").display().to_string();
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    for other in [&fifo, &directory.path().display().to_string()] {
+        refuses(&["--kernel", other], &[other, "no regular file"]);
+    }
+    refuses(
+        &["--kernel", &kernel, "--module", "/dev/zero"],
+        &["a module of", "use a larger --memory"],
+    );
     refuses(
         &["--kernel", &kernel, "--module", "/no/such/module"],
         &["/no/such/module"],
@@ -147,6 +163,87 @@ fn the_exit_code_is_the_guest_s() {
         &["--kernel", &kernel, "--timeout", "1"],
         &["1 s", "--timeout"],
     );
+}
+
+#[test]
+fn a_size_that_direct_io_cannot_have_is_named() {
+    // A file system in memory has blocks of 4096 bytes, if it knows them.
+    let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else {
+        return common::skipped("/dev/shm is missing");
+    };
+    file.as_file().set_len(1536).unwrap();
+    let disk = format!("{},direct", file.path().display());
+    let output = pvkit(&["--kernel", "/no/such/image", "--disk", &disk]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    if !text.contains("1536 bytes") {
+        return common::skipped(&format!("another size fits here: {text}"));
+    }
+    let words = ["4096", "leave `direct` away", "truncate -s 4096"];
+    assert!(words.iter().all(|word| text.contains(word)), "{text}");
+}
+
+/// A guest that writes sector 16 of its disk, and ends with the request's
+/// status.
+fn writer() -> Code {
+    const REGISTERS: u32 = 0xd000_0000;
+    let (table, avail, used) = (0x20_0000, 0x20_1000, 0x20_2000);
+    let (header, data, status) = (0x20_3000, 0x20_4000, 0x20_5000);
+    let mut code = Code::new().store(header, 1).store(header + 8, 16);
+    code = code.store8(status, 0xff).store(avail, 1 << 16);
+    // Length, then flags (1: another follows, 2: written) and what follows.
+    for (index, (addr, len, rest)) in [
+        (header, 16, 1 | 1 << 16),
+        (data, 512, 1 | 2 << 16),
+        (status, 1, 2),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let at = table + 16 * index as u32;
+        code = code.store(at, addr).store(at + 8, len).store(at + 12, rest);
+    }
+    for (register, value) in [
+        (mmio::STATUS, 0),
+        (mmio::STATUS, 3),
+        (mmio::DRIVER_FEATURES, 1 << 9), // FLUSH
+        (mmio::DRIVER_FEATURES_SEL, 1),
+        (mmio::DRIVER_FEATURES, 1), // VERSION_1
+        (mmio::STATUS, 11),
+        (mmio::QUEUE_SIZE, 4),
+        (mmio::QUEUE_DESC_LOW, table),
+        (mmio::QUEUE_DRIVER_LOW, avail),
+        (mmio::QUEUE_DEVICE_LOW, used),
+        (mmio::QUEUE_READY, 1),
+        (mmio::STATUS, 15),
+        (mmio::QUEUE_NOTIFY, 0),
+    ] {
+        code = code.store(REGISTERS + register as u32, value);
+    }
+    code.wait_while8(status, 0xff).exit_with(status)
+}
+
+#[test]
+fn a_limit_of_file_sizes_fails_the_request_and_not_the_machine() {
+    if !have_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = path(directory.path(), "guest", &elf(&writer().0));
+    let disk = path(directory.path(), "disk.img", &[0; 64 * 1024]);
+    for (limit, expected) in [
+        ("unlimited", block::status::OK),
+        ("1", block::status::IOERR),
+    ] {
+        let script = format!("ulimit -f {limit}; exec \"$@\"");
+        let output = Command::new("sh")
+            .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_pvkit"), "run"])
+            .args(["--timeout", "20", "--kernel", &kernel, "--disk", &disk])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(i32::from(expected)), "{text}");
+        assert_eq!(text, "");
+    }
 }
 
 #[test]
@@ -187,6 +284,7 @@ fn a_user_without_rights_is_told_how_to_get_them() {
         text.contains("/dev/kvm") && text.contains("usermod -aG kvm"),
         "{text}"
     );
+    assert_eq!(text.matches("os error").count(), 1, "{text}");
     let text = as_nobody(&["--kernel", &kernel, "--disk", &locked]).unwrap();
     assert!(
         text.contains("locked.img") && text.contains("permission denied"),

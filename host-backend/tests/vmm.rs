@@ -119,6 +119,60 @@ fn a_guest_that_halts_or_spins_for_ever_can_be_stopped() {
 }
 
 #[test]
+fn a_guest_that_prints_where_nobody_reads_can_be_stopped() {
+    if !have_kvm() {
+        return;
+    }
+    /// Blocks as a full pipe does.
+    struct Blocked(std::io::PipeReader);
+    impl Write for Blocked {
+        fn write(&mut self, _data: &[u8]) -> std::io::Result<usize> {
+            std::io::Read::read(&mut self.0, &mut [0])
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut vm = vm();
+    vm.add_serial(Box::new(Blocked(reader))).unwrap();
+    load(&mut vm, Code::new().out8(0x3f8, b'a').forever());
+    let stopper = vm.stopper();
+    let (over, wait) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || over.send(vm.run().unwrap()).unwrap());
+    std::thread::sleep(Duration::from_millis(100));
+    stopper.stop();
+    let stop = wait.recv_timeout(Duration::from_secs(20));
+    // Ends the machine if the signal did not.
+    drop(writer);
+    thread.join().unwrap();
+    assert_eq!(stop, Ok(Stop::Requested));
+}
+
+#[test]
+fn a_device_that_panics_ends_its_machine() {
+    if !have_kvm() {
+        return;
+    }
+    #[derive(Debug)]
+    struct Panics;
+    impl BusDevice for Panics {
+        fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
+        fn write(&mut self, _offset: u64, _data: &[u8]) {
+            panic!("as it was told");
+        }
+    }
+    let mut vm = vm();
+    vm.add_ports(0x700, 1, Arc::new(Mutex::new(Panics)));
+    load(&mut vm, Code::new().out8(0x700, 0).forever());
+    let stop = run(vm);
+    assert!(
+        matches!(&stop, Stop::Vcpu(why) if why.contains("panicked")),
+        "{stop}"
+    );
+}
+
+#[test]
 fn a_guest_that_crashes_is_told_from_one_that_ends() {
     if !have_kvm() {
         return;

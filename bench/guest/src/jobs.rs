@@ -303,7 +303,6 @@ struct MmioPlace {
 }
 
 /// The devices on the command line, each as `virtio_mmio.device=512@ADDR:IRQ`.
-/// QEMU lists empty slots too, from the last one on; they are left out.
 fn mmio_places(command_line: &str) -> impl Iterator<Item = MmioPlace> {
     command_line.split_whitespace().filter_map(|word| {
         let device = word.strip_prefix("virtio_mmio.device=")?;

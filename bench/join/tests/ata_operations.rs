@@ -8,7 +8,7 @@ use ata_common::{
 };
 use pvkit_guest::block::{BlockOp, BlockQueue, Reason};
 use pvkit_guest::dma::{DmaError, Segment};
-use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Completion, Drive, Mode};
+use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Channel, Completion, Drive, Mode};
 use pvkit_guest::register::PortIo;
 use pvkit_guest::storage::Storage;
 use pvkit_host::disk::{DiskOp, MemoryDisk};
@@ -514,6 +514,35 @@ fn both_channels_work_and_those_without_a_drive_say_so() {
         AtaError::NoDrive { status: 0xff }
     );
     assert_eq!(open(secondary).unwrap().limits().capacity, 128);
+}
+
+#[test]
+fn channels_at_the_end_of_port_space_are_no_mistake_of_arithmetic() {
+    let disk = GateDisk::new(64);
+    let join = machine(&disk);
+    let [real, _] = join.channels();
+    let open = |channel| {
+        let short = AtaOptions {
+            max_polls: 100,
+            ..DMA
+        };
+        Ata::<Vec<u8>, _, _>::open(join.wire.clone(), join.arena.space(), channel, short)
+            .unwrap_err()
+    };
+    for last in [0xffff, 0xfffb] {
+        let command = Channel {
+            command: last,
+            ..real
+        };
+        assert_eq!(open(command), AtaError::NoDrive { status: 0xff });
+        let master = Channel {
+            bus_master: Some(last),
+            ..real
+        };
+        let error = open(master);
+        assert!(matches!(error, AtaError::Timeout { .. }), "{error}");
+    }
+    assert_eq!(join.arena.in_use(), 0);
 }
 
 #[test]

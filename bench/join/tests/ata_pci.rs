@@ -276,6 +276,44 @@ fn a_host_that_lies_about_its_configuration_space_is_caught() {
 }
 
 #[test]
+fn a_bar_too_short_or_at_no_multiple_of_its_size_is_not_used() {
+    // What the register reads as, and what it reads as after all ones.
+    let find = |value: u32, ones: u32| {
+        let join = empty();
+        let wire = join.wire.clone();
+        let mut sizing = false;
+        let liar = Liar::new(&join.wire, move |port, truth| {
+            let mut address = [0; 4];
+            wire.read(0xcf8, &mut address);
+            if port != 0xcfc || u32::from_le_bytes(address) != 0x8000_0920 {
+                return truth;
+            }
+            sizing = !sizing;
+            if sizing { value } else { ones }
+        });
+        find_controller(&PciConfig::new(liar), &mut FREE_PORTS.clone())
+    };
+    let masters = |value, ones| {
+        let channels = find(value, ones).unwrap().unwrap();
+        channels.map(|channel| channel.bus_master)
+    };
+    assert_eq!(masters(0xc001, 0xfff1), [Some(0xc000), Some(0xc008)]);
+    assert_eq!(masters(0xc009, 0xfff9), [Some(0xc008), None]);
+    assert_eq!(masters(0xfff9, 0xfff9), [Some(0xfff8), None]);
+    // The ports behind it are somebody else's, or there are none.
+    assert_eq!(masters(0xc005, 0xfffd), [None, None]);
+    assert_eq!(masters(0xfffd, 0xfffd), [None, None]);
+    for (value, ones) in [(0xfffd, 0xfff1), (0xc005, 0xfff1), (0x4001, 0x8001)] {
+        let size = PciError::Size {
+            bar: BAR,
+            value,
+            ones,
+        };
+        assert_eq!(find(value, ones), Err(AtaError::Pci(size)));
+    }
+}
+
+#[test]
 fn configuration_ports_of_every_width_reach_the_function() {
     let join = empty();
     let pci = join.pci();

@@ -4,6 +4,7 @@ mod common;
 
 use common::{Pair, RecordingDisk, assert_nothing_leaks, open_in_space, pair, pair_on, pattern};
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Reason};
+use pvkit_guest::dma::DmaError;
 use pvkit_guest::fault::Fault;
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_guest::virtio::init::InitError;
@@ -105,6 +106,31 @@ fn buffers_of_many_segments_arrive_in_order() {
             vec![1; 16384],
             "the buffer comes back"
         );
+    }
+}
+
+#[test]
+fn no_chain_is_longer_than_the_queue() {
+    for indirect in [true, false] {
+        let disk = MemoryDisk::from_bytes(pattern(0, 64 * 512));
+        let device = DeviceOptions {
+            queue_size: 4,
+            indirect,
+            ..DeviceOptions::default()
+        };
+        let (join, steps) = Join::stepped(Arc::new(disk), device, 8 << 20);
+        let space = join.space().with_segments_of(512);
+        let (block, mut queue) = open_in_space(&join, space, BlockOptions::default());
+        assert_eq!(block.limits().max_segments, 2);
+        let op = BlockOp::Read { sector: 1 };
+        let refused = queue.submit(op, Some(vec![0; 3 * 512]), 0).unwrap_err();
+        let too_many = DmaError::TooManySegments { max: 2 };
+        assert_eq!(refused.reason, Reason::Dma(too_many));
+        queue.submit(op, Some(vec![0; 2 * 512]), 1).unwrap();
+        queue.publish();
+        steps.run();
+        let done = queue.complete().unwrap().expect("a completion");
+        assert_eq!(done.buffer.unwrap(), pattern(1, 2 * 512));
     }
 }
 
@@ -301,15 +327,27 @@ fn a_timed_out_queue_reports_it_once_and_recovers() {
 #[test]
 fn a_queue_of_another_device_is_not_reclaimed() {
     let mut one = pair(8, DeviceOptions::default(), BlockOptions::default());
-    let mut two = pair(8, DeviceOptions::default(), BlockOptions::default());
+    let mut two = pair(16, DeviceOptions::default(), BlockOptions::default());
     two.queue
-        .submit(BlockOp::Read { sector: 0 }, Some(vec![0; 512]), 1)
+        .submit(BlockOp::Read { sector: 9 }, Some(vec![0; 512]), 1)
         .unwrap();
     let error = one
         .block
         .recover(&mut two.queue, &mut |_| panic!("not ours"))
         .unwrap_err();
     assert_eq!(error, InitError::ForeignQueue);
+    let error = one.block.refresh(&mut two.queue).unwrap_err();
+    assert_eq!(error, InitError::ForeignQueue);
+    // Neither has noticed.
+    assert_eq!(two.queue.limits().capacity, 16);
+    two.queue.publish();
+    two.steps.run();
+    let done = two.queue.complete().unwrap().expect("a completion");
+    assert_eq!(done.buffer.unwrap(), pattern(9, 512));
+    assert_eq!(one.read(3, 512), pattern(3, 512));
+    two.queue
+        .submit(BlockOp::Read { sector: 9 }, Some(vec![0; 512]), 2)
+        .unwrap();
     let error = one.block.close(two.queue, &mut |_| panic!("not ours"));
     assert_eq!(error, Ok(()));
     assert!(

@@ -2,16 +2,16 @@
 
 use super::{MEMORY_BYTES, Measurement, Progress, Settings, Task};
 use super::{patience, read_report, script};
+use crate::scratch::Scratch;
 use anyhow::{Context, Result, bail, ensure};
 use pvkit_host::memory::GuestMemory;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use tempfile::NamedTempFile;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// The program.
@@ -78,8 +78,7 @@ pub fn run(
     settings: &Settings,
     progress: Progress<'_>,
 ) -> Result<Vec<Measurement>> {
-    let mut module = NamedTempFile::with_prefix("pvkit-script-")?;
-    module.write_all(&script(tasks, settings))?;
+    let module = Scratch::with(&script(tasks, settings)).context("the script")?;
     // The guest's memory, for the report. In memory, if there is such a place.
     let shm = Path::new("/dev/shm");
     let directory = if shm.is_dir() {
@@ -87,8 +86,8 @@ pub fn run(
     } else {
         std::env::temp_dir()
     };
-    let ram = NamedTempFile::with_prefix_in("pvkit-ram-", directory)?;
-    ram.as_file().set_len(MEMORY_BYTES)?;
+    let ram = Scratch::new(&directory).context("the guest's memory")?;
+    ram.file().set_len(MEMORY_BYTES)?;
 
     let mut child = Guard(command(qemu, image, module.path(), ram.path(), disk).spawn()?);
     let stdout = child.0.stdout.take().context("no output")?;
@@ -127,18 +126,20 @@ pub fn run(
             errors.join().unwrap_or_default(),
         )
     });
-    // The guest's code c ends QEMU with 2c + 1.
-    let status = status.with_context(|| format!("QEMU\n{console}{errors}"))?;
+    let said = format!("QEMU\n{console}{errors}").trim_end().to_owned();
+    // The guest's code c ends QEMU with 2c + 1. But 1 is also how QEMU itself
+    // fails: then there is no report.
+    let status = status.with_context(|| said.clone())?;
     if status != Some(1) {
-        bail!("QEMU ended with {status:?}\n{console}{errors}");
+        bail!("{said}\nit ended with {status:?}");
     }
     let map = GuestMemoryMmap::<()>::from_ranges_with_files([(
         GuestAddress(0),
         MEMORY_BYTES as usize,
-        Some(FileOffset::new(ram.reopen()?, 0)),
+        Some(FileOffset::new(ram.file().try_clone()?, 0)),
     )]);
     let memory = GuestMemory::new(Arc::new(map.context("the guest's memory")?))?;
-    read_report(&memory, tasks).context("QEMU")
+    read_report(&memory, tasks).context(said)
 }
 
 fn command(qemu: &Qemu, image: &Path, module: &Path, ram: &Path, disk: &Path) -> Command {

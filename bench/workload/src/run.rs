@@ -281,6 +281,10 @@ where
         if blocks == 0 {
             return Err(bad("sectors", job.sectors.get()));
         }
+        let first_sector = job.first_sector.get();
+        if first_sector.checked_add(job.sectors.get()).is_none() {
+            return Err(bad("first_sector", first_sector));
+        }
         let depth = job.depth.get();
         let most = buffers.len().min(usize::from(target.queue().depth()));
         if depth == 0 || depth as usize > most {
@@ -311,7 +315,7 @@ where
             spin: u64::from(job.spin_ticks.get()),
             round: Round(job.round.get()),
             places: Places {
-                first_sector: job.first_sector.get(),
+                first_sector,
                 sectors_each,
                 blocks,
                 random: access.is_random(),
@@ -422,7 +426,7 @@ where
                 && let Some(held) = self.held.pop()
             {
                 let start = if self.interval == 0 { now } else { next_start };
-                next_start += self.interval;
+                next_start = next_start.saturating_add(self.interval);
                 self.submit(held, start)?;
                 in_flight += 1;
                 batch += 1;
@@ -505,5 +509,128 @@ where
             }
             spin_loop();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::boxed::Box;
+    use alloc::collections::VecDeque;
+    use alloc::vec;
+    use core::cell::Cell;
+    use pvkit_guest::block::{BlockLimits, Done, Refused};
+    use zerocopy::FromZeros;
+
+    type Buffer = Box<[u8]>;
+
+    /// A disk that holds the first round everywhere, and is done at once.
+    #[derive(Default)]
+    struct Disk(VecDeque<Done<Buffer>>);
+
+    impl BlockQueue<Buffer> for Disk {
+        fn limits(&self) -> &BlockLimits {
+            unreachable!("the workload knows what it may do")
+        }
+        fn depth(&self) -> u16 {
+            4
+        }
+        fn submit(
+            &mut self,
+            op: BlockOp,
+            mut buffer: Option<Buffer>,
+            tag: u64,
+        ) -> Result<(), Refused<Buffer>> {
+            if let (BlockOp::Read { sector }, Some(buffer)) = (op, &mut buffer) {
+                pattern::fill(buffer, sector, pattern::FIRST, 1);
+            }
+            self.0.push_back(Done {
+                tag,
+                op,
+                buffer,
+                result: Ok(()),
+            });
+            Ok(())
+        }
+        fn publish(&mut self) {}
+        fn complete(&mut self) -> Result<Option<Done<Buffer>>, Fault> {
+            Ok(self.0.pop_front())
+        }
+        fn arm(&mut self) -> bool {
+            !self.0.is_empty()
+        }
+    }
+
+    impl Target<Buffer> for Disk {
+        type Queue = Self;
+        fn queue(&mut self) -> &mut Self {
+            self
+        }
+        fn acknowledge(&mut self) {}
+        fn kicks(&self) -> u64 {
+            0
+        }
+    }
+
+    /// A clock that ticks when it is looked at.
+    struct Clock(Cell<u64>);
+
+    impl Machine for Clock {
+        fn now(&self) -> u64 {
+            self.0.set(self.0.get() + 1);
+            self.0.get()
+        }
+        fn wait(&mut self) {}
+        fn mark(&mut self, _mark: Mark) {}
+        fn counts(&self) -> Counts {
+            Counts::default()
+        }
+    }
+
+    /// Reads of a sector, two at once.
+    fn job(change: impl FnOnce(&mut Job)) -> Result<Outcome, RunError> {
+        let mut job = Job::new_zeroed();
+        job.depth.set(2);
+        job.block_bytes.set(512);
+        job.sectors.set(8);
+        job.max_requests.set(100);
+        job.duration_ticks.set(1000);
+        change(&mut job);
+        let mut buffers = vec![vec![0; 512].into_boxed_slice(); 2];
+        let mut samples = vec![Sample::new_zeroed(); 100];
+        let mut clock = Clock(Cell::new(0));
+        run(
+            &job,
+            0,
+            &mut Disk::default(),
+            &mut clock,
+            &mut buffers,
+            &mut samples,
+        )
+    }
+
+    #[test]
+    fn an_open_loop_may_be_so_slow_that_nothing_follows() {
+        assert_eq!(job(|_| {}).unwrap().requests, 100);
+        for interval in [1 << 20, u64::MAX] {
+            let outcome = job(|job| job.interval_ticks.set(interval)).unwrap();
+            assert_eq!(outcome.requests, 1, "{interval}");
+            assert_eq!(outcome.verified_bytes, 512);
+        }
+    }
+
+    #[test]
+    fn regions_that_reach_beyond_all_sectors_are_refused() {
+        let last = u64::MAX - 8;
+        assert_eq!(job(|job| job.first_sector.set(last)).unwrap().samples, 100);
+        let error = job(|job| job.first_sector.set(last + 1)).unwrap_err();
+        let field = "first_sector";
+        assert_eq!(
+            error,
+            RunError::Job {
+                field,
+                value: last + 1
+            }
+        );
     }
 }

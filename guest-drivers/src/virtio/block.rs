@@ -16,6 +16,7 @@ use crate::block::{
 use crate::dma::{DmaBuf, DmaBufMut, DmaSpace};
 use crate::doorbell::Doorbell;
 use crate::fault::Fault;
+use core::mem::offset_of;
 use pvkit_protocol::virtio::block::{
     BlockConfig, BlockFeatures, RequestHeader, RequestType, status,
 };
@@ -157,7 +158,7 @@ impl<T: Transport> Block<T> {
             block.transport.identity(0),
             storage(&shape),
         )?;
-        block.transport.set_up_queue(0, queue.expose());
+        queue.expose(&mut block.transport);
         let mut queue = VirtioBlockQueue {
             queue,
             limits: block.limits,
@@ -205,12 +206,13 @@ impl<T: Transport> Block<T> {
     /// grown or shrunk. Everything but the size stays as it was negotiated.
     ///
     /// # Errors
-    /// [`InitError`] if the device's answer makes no sense; then nothing
-    /// changes.
+    /// [`InitError`] if the device's answer makes no sense, or the queue is
+    /// that of another device; then nothing changes.
     pub fn refresh<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
         &mut self,
         queue: &mut QueueOf<B, S, T>,
     ) -> Result<(), InitError> {
+        self.check_own(queue)?;
         let limits = self.read_limits()?;
         self.limits.capacity = limits.capacity;
         queue.limits.capacity = limits.capacity;
@@ -224,12 +226,14 @@ impl<T: Transport> Block<T> {
     /// # Errors
     /// [`InitError`]; the queue stays retired, and recovering can be tried
     /// again. Requests come back as soon as the device has been reset, whatever
-    /// goes wrong after that, and none of them before.
+    /// goes wrong after that, and none of them before. With the queue of
+    /// another device, nothing happens to either.
     pub fn recover<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
         &mut self,
         queue: &mut QueueOf<B, S, T>,
         each: &mut dyn FnMut(Done<B>),
     ) -> Result<(), InitError> {
+        self.check_own(queue)?;
         queue.queue.retire(Fault::NeedsReset);
         let allow = supported() & (self.options.allow | Features::VERSION_1);
         let proof = self.transport.reset()?;
@@ -269,14 +273,14 @@ impl<T: Transport> Block<T> {
         }
         self.limits.capacity = limits.capacity;
         queue.limits = self.limits;
-        let at = queue.queue.restart(self.transport.identity(0));
-        self.transport.set_up_queue(0, at);
+        queue.queue.restart(&mut self.transport);
         self.go(queue)
     }
 
     /// Stops the device for good: outstanding requests come back through
     /// `each`, the queue's memory is freed, and the transport can be used by
-    /// another driver.
+    /// another driver. The queue of another device is leaked, as if it were
+    /// dropped.
     ///
     /// # Errors
     /// [`ResetTimeout`]: the device does not let go, so the queue and its
@@ -299,6 +303,18 @@ impl<T: Transport> Block<T> {
                 });
             });
         Ok(())
+    }
+
+    /// Whether a queue is that of this device.
+    fn check_own<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &self,
+        queue: &QueueOf<B, S, T>,
+    ) -> Result<(), InitError> {
+        if queue.queue.is_of(&self.transport) {
+            Ok(())
+        } else {
+            Err(InitError::ForeignQueue)
+        }
     }
 
     /// Whether the limits that the driver goes on with hold after a reset, too:
@@ -324,9 +340,38 @@ impl<T: Transport> Block<T> {
     /// Reads the configuration and checks every field that was negotiated:
     /// none of it is trusted.
     fn read_limits(&self) -> Result<BlockLimits, InitError> {
-        let mut config = BlockConfig::new_zeroed();
-        init::read_config(&self.transport, config.as_mut_bytes())?;
         let has = BlockFeatures::from(self.features);
+        let config = init::read_config(&self.transport, |transport| {
+            let mut config = BlockConfig::new_zeroed();
+            // A field without its feature must not be accessed (§2.5.1).
+            for (feature, offset, field) in [
+                (
+                    BlockFeatures::empty(),
+                    offset_of!(BlockConfig, capacity),
+                    config.capacity.as_mut_bytes(),
+                ),
+                (
+                    BlockFeatures::SIZE_MAX,
+                    offset_of!(BlockConfig, size_max),
+                    config.size_max.as_mut_bytes(),
+                ),
+                (
+                    BlockFeatures::SEG_MAX,
+                    offset_of!(BlockConfig, seg_max),
+                    config.seg_max.as_mut_bytes(),
+                ),
+                (
+                    BlockFeatures::BLK_SIZE,
+                    offset_of!(BlockConfig, blk_size),
+                    config.blk_size.as_mut_bytes(),
+                ),
+            ] {
+                if has.contains(feature) {
+                    transport.read_config(offset, field);
+                }
+            }
+            config
+        })?;
         let bad = |field, value: u64| Err(InitError::Config { field, value });
 
         let capacity = config.capacity.get();

@@ -83,19 +83,21 @@ pub(super) fn negotiate<T: Transport>(
     }
     let proof = transport.reset()?;
     transport.set_status(DeviceStatus::ACKNOWLEDGE);
-    transport.set_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER);
+    // No bit is ever cleared but by a reset (§2.1.1), not even by FAILED.
+    let driver = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER;
+    transport.set_status(driver);
     let features = transport.device_features() & supported;
     // A driver for virtio 1 must not use a device without VERSION_1 (§6.1).
     let missing = (required | Features::VERSION_1) & !features;
     if !missing.is_empty() {
-        transport.set_status(DeviceStatus::FAILED);
+        transport.set_status(driver | DeviceStatus::FAILED);
         return Err(InitError::Missing { missing });
     }
     transport.set_driver_features(features);
-    transport
-        .set_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER | DeviceStatus::FEATURES_OK);
+    let negotiated = driver | DeviceStatus::FEATURES_OK;
+    transport.set_status(negotiated);
     if !transport.status().contains(DeviceStatus::FEATURES_OK) {
-        transport.set_status(DeviceStatus::FAILED);
+        transport.set_status(negotiated | DeviceStatus::FAILED);
         return Err(InitError::Refused { asked: features });
     }
     Ok((features, proof))
@@ -119,14 +121,17 @@ pub(super) fn driver_ok<T: Transport>(transport: &mut T) -> Result<(), InitError
     Ok(())
 }
 
-/// Reads the first bytes of the configuration space, all of one generation
-/// (§2.5.3).
-pub(super) fn read_config<T: Transport>(transport: &T, out: &mut [u8]) -> Result<(), InitError> {
+/// Reads fields of the configuration space, all of one generation (§2.5.1).
+/// `read` reads them, possibly several times.
+pub(super) fn read_config<T: Transport, C>(
+    transport: &T,
+    read: impl Fn(&T) -> C,
+) -> Result<C, InitError> {
     for _ in 0..CONFIG_READS {
         let before = transport.config_generation();
-        transport.read_config(0, out);
+        let config = read(transport);
         if transport.config_generation() == before {
-            return Ok(());
+            return Ok(config);
         }
     }
     Err(InitError::ConfigUnstable(CONFIG_READS))

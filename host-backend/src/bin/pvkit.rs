@@ -8,11 +8,15 @@ use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
 use pvkit_host::virtio::block::{Block, BlockOptions};
 use pvkit_host::vmm::{Stop, Vm, VmOptions};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
+use vmm_sys_util::signal::register_signal_handler;
 
 #[derive(Debug, Parser)]
 #[command(version, about = "Paravirtual devices for virtual machines")]
@@ -169,13 +173,49 @@ fn main() -> ExitCode {
     match start(&run) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pvkit: {error:#}");
+            eprintln!("pvkit: {}", line(&error));
             ExitCode::FAILURE
         }
     }
 }
 
+/// An error and its causes, in one line. Many errors name their cause
+/// themselves; it is not said twice.
+fn line(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) {
+            text
+        } else if text.is_empty() {
+            cause
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
+}
+
+/// Reads a file; of one that is larger than the guest's memory, just enough to
+/// show that it does not fit. It may be a pipe, or a device without an end.
+fn read_module(path: &Path, memory: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path)?;
+    file.take(memory.saturating_add(1))
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The limit of file sizes (`ulimit -f`) sends a signal that ends the program;
+/// handled, the write fails, and so the guest's request.
+extern "C" fn on_size_limit(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+}
+
 fn start(run: &Run) -> Result<ExitCode> {
+    register_signal_handler(libc::SIGXFSZ, on_size_limit)
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
     let on_ide: Vec<_> = run.disk.iter().filter(|arg| arg.bus == Bus::Ide).collect();
     if let Some(third) = on_ide.get(2) {
         bail!(
@@ -190,7 +230,8 @@ fn start(run: &Run) -> Result<ExitCode> {
     }
     let module = match &run.module {
         Some(path) => {
-            Some(std::fs::read(path).with_context(|| format!("module {}", path.display()))?)
+            let read = read_module(path, run.memory.0);
+            Some(read.with_context(|| format!("module {}", path.display()))?)
         }
         None => None,
     };
@@ -198,7 +239,9 @@ fn start(run: &Run) -> Result<ExitCode> {
         memory_bytes: run.memory.0,
         vcpus: run.cpus,
     })?;
-    vm.add_serial(Box::new(std::io::stdout()))?;
+    // Not `Stdout`: a full pipe must not keep the machine from stopping.
+    let console = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    vm.add_serial(Box::new(console))?;
     let threads = ThreadOptions {
         spin: Duration::from_micros(run.spin_us),
         ..ThreadOptions::default()

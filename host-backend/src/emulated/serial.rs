@@ -4,7 +4,7 @@
 use crate::bus::BusDevice;
 use crate::worker::Signal;
 use std::fmt;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::Arc;
 use vm_superio::{Serial, Trigger};
 
@@ -27,8 +27,35 @@ impl Trigger for Line {
     }
 }
 
+/// A writer that gives up when a signal interrupts it, and loses what it was
+/// to write: a vCPU that waits for somebody to read must be able to stop.
+struct Output(Box<dyn Write + Send>);
+
+/// Whoever writes all of something tries again after an interruption.
+fn give_up(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::Interrupted {
+        io::Error::other(error)
+    } else {
+        error
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.0.write(data).map_err(give_up)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(give_up)
+    }
+}
+
 /// A serial port whose output goes to a writer. It has no input.
-pub struct SerialPort(Serial<Line, vm_superio::serial::NoEvents, Box<dyn Write + Send>>);
+///
+/// The vCPU waits for the writer. One that may block has to report signals
+/// ([`io::ErrorKind::Interrupted`]): `File` does, `Stdout` tries again by
+/// itself, and a machine could not be stopped meanwhile.
+pub struct SerialPort(Serial<Line, vm_superio::serial::NoEvents, Output>);
 
 impl fmt::Debug for SerialPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -40,7 +67,7 @@ impl SerialPort {
     /// A port that writes to `out` and interrupts through `line`.
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>, line: Arc<dyn Signal>) -> Self {
-        Self(Serial::new(Line(line), out))
+        Self(Serial::new(Line(line), Output(out)))
     }
 }
 

@@ -336,7 +336,8 @@ impl Vm {
         self.lines.edge(gsi)
     }
 
-    /// Adds COM1, whose output goes to `out`.
+    /// Adds COM1, whose output goes to `out`; see [`SerialPort`] for what may
+    /// block.
     ///
     /// # Errors
     /// [`VmError`] if KVM or the host refuses.
@@ -529,13 +530,13 @@ impl Vm {
                 Ok(thread) => running.push(thread),
                 Err(error) => {
                     power.stop(Stop::Requested);
-                    running.into_iter().for_each(VcpuThread::end);
+                    VcpuThread::end(running);
                     return Err(host("a vCPU thread")(error));
                 }
             }
         }
         let stop = power.wait();
-        running.into_iter().for_each(VcpuThread::end);
+        VcpuThread::end(running);
         Ok(stop)
     }
 }

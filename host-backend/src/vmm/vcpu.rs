@@ -87,6 +87,17 @@ pub(super) struct Vcpu {
     power: Arc<Power>,
 }
 
+/// Stops the machine if its thread panics: nobody else would notice.
+struct PanicGuard(Arc<Power>);
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.stop(Stop::Vcpu("its thread panicked".to_owned()));
+        }
+    }
+}
+
 /// A vCPU that runs.
 #[derive(Debug)]
 pub(super) struct VcpuThread(JoinHandle<()>);
@@ -123,6 +134,7 @@ impl Vcpu {
         let thread = thread::Builder::new().name(name).spawn(move || {
             let tid = rustix::thread::gettid().as_raw_nonzero().get();
             lock(&threads).push(tid);
+            let _guard = PanicGuard(self.power.clone());
             while !self.power.is_stopped() {
                 if let Some(stop) = self.step() {
                     self.power.stop(stop);
@@ -190,19 +202,24 @@ impl Vcpu {
 }
 
 impl VcpuThread {
-    /// Makes the vCPU leave the guest, and waits until its thread has ended.
+    /// Makes the vCPU leave the guest; `false` if its thread has ended.
+    fn kick(&self) -> bool {
+        !self.0.is_finished() && self.0.kill(kick_signal()).is_ok()
+    }
+
+    /// Makes vCPUs leave the guest, and waits until their threads have ended.
     /// The machine has been stopped.
-    pub(super) fn end(self) {
+    pub(super) fn end(threads: Vec<Self>) {
         // A signal that comes just before KVM_RUN is entered has no effect, so
-        // it is sent until it does.
-        while !self.0.is_finished() {
-            if self.0.kill(kick_signal()).is_err() {
-                break;
-            }
+        // it is sent until it does; and to all, because one may wait with a
+        // device locked that another needs.
+        while threads.iter().filter(|thread| thread.kick()).count() > 0 {
             thread::sleep(Duration::from_millis(1));
         }
-        if self.0.join().is_err() {
-            log::error!("a vCPU thread died");
+        for thread in threads {
+            if thread.0.join().is_err() {
+                log::error!("a vCPU thread died");
+            }
         }
     }
 }

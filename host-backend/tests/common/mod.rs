@@ -127,6 +127,13 @@ impl Code {
         self.bytes(&[0xa1]).bytes(&address.to_le_bytes())
     }
 
+    /// `cmp byte [address], value`, until it differs
+    pub fn wait_while8(self, address: u32, value: u8) -> Self {
+        self.bytes(&[0x80, 0x3d])
+            .bytes(&address.to_le_bytes())
+            .bytes(&[value, 0x74, 0xf7])
+    }
+
     /// `mov al, value; mov dx, port; out dx, al`
     pub fn out8(self, port: u16, value: u8) -> Self {
         self.bytes(&[0xb0, value, 0x66, 0xba])

@@ -90,6 +90,8 @@ pub struct Device {
     pub accepted: Features,
     /// The status, as an honest device has it.
     pub status: DeviceStatus,
+    /// Bits of the status that the driver cleared without a reset.
+    pub cleared: DeviceStatus,
     /// How often it was reset.
     pub resets: u32,
     /// Register reads.
@@ -141,6 +143,7 @@ pub fn device(arena: &Arena, sectors: u64) -> Wire<Device> {
         place: Place::default(),
         accepted: Features::empty(),
         status: DeviceStatus::empty(),
+        cleared: DeviceStatus::empty(),
         resets: 0,
         reads: 0,
         kicks: 0,
@@ -454,7 +457,11 @@ impl BusDevice for Device {
             mmio::QUEUE_NOTIFY => self.kicks += 1,
             mmio::INTERRUPT_ACK => self.interrupt &= !value,
             mmio::STATUS if value == 0 => self.reset(),
-            mmio::STATUS => self.status = DeviceStatus::from_bits_retain(value as u8),
+            mmio::STATUS => {
+                let status = DeviceStatus::from_bits_retain(value as u8);
+                self.cleared |= self.status - status;
+                self.status = status;
+            }
             _ => {}
         }
     }

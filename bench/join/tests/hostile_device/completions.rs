@@ -152,6 +152,32 @@ fn lengths_shorter_than_what_was_asked_for() {
 }
 
 #[test]
+fn ids_shorter_than_their_buffer() {
+    for written in [5, 21] {
+        let mut scene = Scene::new(true);
+        scene
+            .queue
+            .submit(BlockOp::GetId, Some(vec![0xee; 20]), 1)
+            .unwrap();
+        scene.queue.publish();
+        {
+            let mut device = scene.device();
+            let chains = device.fetch();
+            let chain = &chains[0];
+            let (addr, _) = chain.writable[0];
+            device
+                .poke(addr, b"abc\0")
+                .finish(chain, status::OK)
+                .push(u32::from(chain.head), written)
+                .publish();
+        }
+        let done = scene.done().expect("a completion");
+        assert_eq!(done.result, Ok(()));
+        assert_eq!(done.buffer.unwrap()[..4], *b"abc\0", "{written}");
+    }
+}
+
+#[test]
 fn indices_that_jump_or_run_backwards() {
     for to in [4, 5, 100, 256, 257, 0x7fff, 0x8000, 0x8003, 0xfffd, 0xffff] {
         let fault = move |_: &[_]| Fault::IndexJump {

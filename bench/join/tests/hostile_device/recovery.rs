@@ -11,6 +11,7 @@ use pvkit_join::hostile::Noise;
 use pvkit_join::hostile::device::{Device, device};
 use pvkit_protocol::virtio::block::BlockFeatures;
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The device comes back different: recovering fails with `expected`, every
 /// request comes back all the same, the queue stays retired; and with the
@@ -108,6 +109,46 @@ fn limits_that_grow_do_no_harm() {
         Reason::OutOfRange { .. }
     ));
     assert!(scene.works(7));
+}
+
+#[test]
+fn nothing_of_an_earlier_life_is_left_in_the_rings() {
+    for indirect in [true, false] {
+        let mut scene = Scene::new(indirect);
+        for sector in 0..3 {
+            assert!(scene.works(sector));
+        }
+        scene.post();
+        let Scene { block, queue, .. } = &mut scene;
+        block.recover(queue, &mut |_| {}).unwrap();
+        // Before the device has done anything, and before it was shown any.
+        assert!(!scene.queue.arm());
+        assert!(scene.done().is_none());
+        assert!(scene.device().fetch().is_empty(), "indirect {indirect}");
+        assert!(scene.works(7));
+        scene.assert_recovers("a new life", &[]);
+    }
+}
+
+/// A caller that panics when a request comes back.
+#[test]
+fn panics_in_the_middle_of_recovering() {
+    let mut scene = Scene::new(true);
+    scene.post();
+    let mut back = Vec::new();
+    for _ in 0..4 {
+        let Scene { block, queue, .. } = &mut scene;
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            block.recover(queue, &mut |done| {
+                back.push(done);
+                panic!("on purpose");
+            })
+        }));
+        assert!(result.is_err());
+        scene.assert_retired("in the middle");
+    }
+    assert_came_back("panics", back, &[0, 1, 2, 3]);
+    scene.assert_recovers("panics", &[]);
 }
 
 #[test]

@@ -173,13 +173,19 @@ impl<B: DmaBuf, P: PortIo, S: DmaSpace<Addr = u64>> Engine<B, P, S> {
         if let Some(table) = &self.table {
             let addr = table.addr()?;
             self.ports
-                .write_u32(self.base + bus_master::PRDT_ADDRESS, addr);
+                .write_u32(self.port(bus_master::PRDT_ADDRESS), addr);
         }
         Ok(())
     }
 
+    /// A port of its block; behind the last one comes the first, as on the
+    /// bus.
+    fn port(&self, offset: u16) -> u16 {
+        self.base.wrapping_add(offset)
+    }
+
     fn status_port(&self) -> u16 {
-        self.base + bus_master::STATUS
+        self.port(bus_master::STATUS)
     }
 
     fn status(&self) -> BusMasterStatus {
@@ -188,7 +194,7 @@ impl<B: DmaBuf, P: PortIo, S: DmaSpace<Addr = u64>> Engine<B, P, S> {
 
     fn command(&self, command: BusMasterCommand) {
         self.ports
-            .write_u8(self.base + bus_master::COMMAND, command.bits());
+            .write_u8(self.port(bus_master::COMMAND), command.bits());
     }
 
     /// Takes a buffer and describes it in the table. On failure hands it back,

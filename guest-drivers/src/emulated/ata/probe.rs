@@ -51,7 +51,7 @@ pub fn find_controller<P: PortIo>(
         // The secondary channel's block follows the primary's.
         let second = ports.base.checked_add(bus_master::CHANNEL_PORTS);
         bus_master = [
-            Some(ports.base),
+            Some(ports.base).filter(|_| ports.size >= bus_master::CHANNEL_PORTS),
             second.filter(|_| ports.size >= bus_master::PORTS),
         ];
         bits |= Command::BUS_MASTER;

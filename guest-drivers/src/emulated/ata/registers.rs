@@ -67,20 +67,26 @@ impl<P: PortIo> Registers<P> {
         &self.ports
     }
 
+    /// A port of the command block; behind the last one comes the first, as
+    /// on the bus.
+    fn port(&self, offset: u16) -> u16 {
+        self.at.command.wrapping_add(offset)
+    }
+
     pub(super) fn data_port(&self) -> u16 {
-        self.at.command + register::DATA
+        self.port(register::DATA)
     }
 
     pub(super) fn status_port(&self) -> u16 {
-        self.at.command + register::STATUS
+        self.port(register::STATUS)
     }
 
     fn write(&self, offset: u16, value: u8) {
-        self.ports.write_u8(self.at.command + offset, value);
+        self.ports.write_u8(self.port(offset), value);
     }
 
     pub(super) fn read(&self, offset: u16) -> u8 {
-        self.ports.read_u8(self.at.command + offset)
+        self.ports.read_u8(self.port(offset))
     }
 
     /// Reads the status, which acknowledges the drive's interrupt. An error if

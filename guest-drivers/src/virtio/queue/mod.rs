@@ -18,7 +18,7 @@ use crate::doorbell::{Doorbell, Position};
 use crate::fault::Fault;
 use crate::lent::Lent;
 use crate::storage::Storage;
-use crate::virtio::transport::{QueueAddresses, QueueIdentity, Quiesced};
+use crate::virtio::transport::{QueueIdentity, Quiesced, Transport};
 use core::alloc::Layout;
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -163,11 +163,21 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         })
     }
 
-    /// Where the parts of the ring lie. From this call on, the device may be
-    /// told, so dropping the queue leaks it unless the device was reset.
-    pub(crate) fn expose(&mut self) -> QueueAddresses {
+    /// Tells the device where the ring lies. From this call on, dropping the
+    /// queue leaks it unless the device was reset.
+    pub(crate) fn expose<T: Transport>(&mut self, transport: &mut T) {
+        self.identity = transport.identity(self.shape.index);
         self.quiesced = false;
-        self.shared.ring.addresses()
+        let at = self.shared.ring.addresses();
+        // SAFETY: the ring lies in memory of the queue, which is freed only
+        // after a proof that covers this identity, and names only buffers that
+        // are lent until they are used or there is such a proof.
+        unsafe { transport.set_up_queue(self.shape.index, at) };
+    }
+
+    /// Whether this is the queue that `transport` has under its number.
+    pub(crate) fn is_of<T: Transport>(&self, transport: &T) -> bool {
+        self.identity.is_queue(transport.identity(self.shape.index))
     }
 
     pub(crate) fn counters(&self) -> QueueCounters {
@@ -450,15 +460,13 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         true
     }
 
-    /// Empties the rings of a reclaimed queue, which gets a new identity, and
-    /// says where they lie.
-    pub(crate) fn restart(&mut self, identity: QueueIdentity) -> QueueAddresses {
-        let ring = &mut self.shared.ring;
-        ring.restart();
+    /// Empties the rings of a reclaimed queue, and tells the device about it
+    /// again.
+    pub(crate) fn restart<T: Transport>(&mut self, transport: &mut T) {
+        self.shared.ring.restart();
         self.batch = None;
-        self.identity = identity;
         self.state = State::Live;
-        self.expose()
+        self.expose(transport);
     }
 }
 

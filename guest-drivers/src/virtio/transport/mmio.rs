@@ -173,9 +173,8 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
     fn read_config(&self, offset: usize, out: &mut [u8]) {
         let mut place = mmio::CONFIG.saturating_add(offset);
         let mut rest = out;
-        // §4.2.2.2: fields are read with accesses of their own width; all
-        // wider fields are naturally aligned, except 64-bit ones, which are
-        // read as two halves.
+        // §4.2.2.2: a field is read with an access of its own width, and one of
+        // 64 bits as two halves; all are aligned to that.
         while !rest.is_empty() {
             let width = match rest.len() {
                 4.. if place.is_multiple_of(4) => 4,
@@ -192,7 +191,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
                 *byte = value;
             }
             rest = later;
-            place += width;
+            place = place.saturating_add(width);
         }
     }
 
@@ -205,7 +204,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
                 .write_u32(start, u32::from_le_bytes([a, b, c, d])),
             _ => {
                 for (index, byte) in data.iter().enumerate() {
-                    self.registers.write_u8(start + index, *byte);
+                    self.registers.write_u8(start.saturating_add(index), *byte);
                 }
             }
         }
@@ -216,7 +215,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
         self.registers.read_u32(mmio::QUEUE_SIZE_MAX)
     }
 
-    fn set_up_queue(&mut self, queue: u16, at: QueueAddresses) {
+    unsafe fn set_up_queue(&mut self, queue: u16, at: QueueAddresses) {
         self.select(queue);
         self.registers
             .write_u32(mmio::QUEUE_SIZE, u32::from(at.size.get()));

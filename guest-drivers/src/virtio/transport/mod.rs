@@ -59,6 +59,13 @@ pub struct QueueIdentity {
     queue: u16,
 }
 
+impl QueueIdentity {
+    /// Whether both are the same queue of the same device, in whatever life.
+    pub(crate) fn is_queue(self, other: Self) -> bool {
+        (self.device, self.queue) == (other.device, other.queue)
+    }
+}
+
 /// Counts the lives of one device, for implementations of [`Transport`].
 #[derive(Debug)]
 pub struct Lives {
@@ -66,14 +73,25 @@ pub struct Lives {
     life: u32,
 }
 
+/// What every device is called after 2^32 - 1 others: no proof is about it.
+const NAMELESS: u32 = u32::MAX;
+
 impl Lives {
     /// A device that is not known to be in any life yet.
     #[must_use]
     pub fn new() -> Self {
-        // Only tells devices apart: no order with other memory is needed.
         static DEVICES: AtomicU32 = AtomicU32::new(0);
+        Self::named(&DEVICES)
+    }
+
+    /// The next device of a count, which never comes around: two devices of
+    /// one name would free each other's memory.
+    fn named(devices: &AtomicU32) -> Self {
+        let next = |count: u32| count.checked_add(1);
+        // Only tells devices apart: no order with other memory is needed.
+        let device = devices.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
         Self {
-            device: DEVICES.fetch_add(1, Ordering::Relaxed),
+            device: device.unwrap_or(NAMELESS),
             life: 0,
         }
     }
@@ -139,6 +157,7 @@ impl Quiesced {
     /// Whether the proof is about this queue, in this life or an earlier one.
     pub(crate) fn covers(&self, queue: QueueIdentity) -> bool {
         self.device == queue.device
+            && self.device != NAMELESS
             && self.ended.wrapping_sub(queue.life) < u32::MAX / 2
             && self.queue.is_none_or(|index| index == queue.queue)
     }
@@ -188,18 +207,30 @@ pub unsafe trait Transport: Send {
     /// Changes whenever the configuration space may have changed.
     fn config_generation(&self) -> u32;
 
-    /// Reads configuration space from `offset` on, with accesses as wide as
-    /// their alignment allows; bytes beyond its end read as ones.
+    /// Reads the field at `offset` of configuration space, with accesses as
+    /// wide as it is, or of 32 bits if it is wider; bytes beyond the end of the
+    /// space read as ones.
     fn read_config(&self, offset: usize, out: &mut [u8]);
 
-    /// Writes configuration space from `offset` on.
+    /// Writes the field at `offset` of configuration space.
     fn write_config(&mut self, offset: usize, data: &[u8]);
 
     /// The largest size of a queue; 0 if there is no such queue.
     fn queue_max_size(&mut self, queue: u16) -> u32;
 
     /// Tells the device where a queue lies, and enables it.
-    fn set_up_queue(&mut self, queue: u16, at: QueueAddresses);
+    ///
+    /// ```compile_fail,E0133
+    /// # use pvkit_guest::virtio::transport::{QueueAddresses, Transport};
+    /// fn anywhere(transport: &mut impl Transport, at: QueueAddresses) {
+    ///     transport.set_up_queue(0, at);
+    /// }
+    /// ```
+    ///
+    /// # Safety
+    /// The device may read and write the ring at these addresses, and the
+    /// buffers that the ring names, until a reset proves that it has let go.
+    unsafe fn set_up_queue(&mut self, queue: u16, at: QueueAddresses);
 
     /// The doorbell of a queue.
     fn doorbell(&self, queue: u16) -> Self::Doorbell;
@@ -210,7 +241,19 @@ pub unsafe trait Transport: Send {
 
 #[cfg(test)]
 mod tests {
-    use super::Lives;
+    use super::{AtomicU32, Lives};
+
+    #[test]
+    fn devices_without_a_name_of_their_own_are_never_proved_over() {
+        let devices = AtomicU32::new(u32::MAX - 1);
+        let [last, mut one, mut two] = [(); 3].map(|()| Lives::named(&devices));
+        assert_ne!(last.queue(0), one.queue(0));
+        for queue in [last.queue(0), one.queue(0), two.queue(0)] {
+            // SAFETY: there is no device.
+            let proofs = unsafe { [one.over(), two.over()] };
+            assert!(proofs.iter().all(|proof| !proof.covers(queue)));
+        }
+    }
 
     #[test]
     fn a_proof_covers_what_was_set_up_before_it() {

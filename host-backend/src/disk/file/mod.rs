@@ -75,8 +75,11 @@ pub enum OpenError {
         /// The next size that would do.
         suggested: u64,
     },
-    /// Somebody else uses it.
-    #[error("disk {path}: in use by another process; stop it, or open the disk read-only in both")]
+    /// Somebody else uses it, or this machine has it twice.
+    #[error(
+        "disk {path}: in use by another process, or named twice; stop that, or open it read-only \
+         in both places (`ro`)"
+    )]
     InUse {
         /// The file.
         path: PathBuf,
@@ -86,6 +89,21 @@ pub enum OpenError {
     NoDirect {
         /// The file.
         path: PathBuf,
+    },
+    /// It does not end where direct I/O can.
+    #[error(
+        "disk {path}: {bytes} bytes are no whole number of the blocks of {block_bytes} bytes that \
+         direct I/O needs; leave `direct` away, or pad it with `truncate -s {suggested} {path}`"
+    )]
+    DirectSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The blocks of direct I/O.
+        block_bytes: u32,
+        /// The next size that would do.
+        suggested: u64,
     },
     /// Anything else.
     #[error("disk {path}: {source}")]
@@ -179,11 +197,17 @@ impl FileDisk {
         let mut direct = None;
         if options.direct {
             let (memory, offset) = direct_alignment(&file);
-            let fits = offset <= MAX_BLOCK_BYTES
-                && offset.is_power_of_two()
-                && bytes.is_multiple_of(u64::from(offset));
+            let fits = offset <= MAX_BLOCK_BYTES && offset.is_power_of_two();
             if !fits || !memory.is_power_of_two() {
                 return Err(OpenError::NoDirect { path: at() });
+            }
+            if !bytes.is_multiple_of(u64::from(offset)) {
+                return Err(OpenError::DirectSize {
+                    path: at(),
+                    bytes,
+                    block_bytes: offset,
+                    suggested: bytes.next_multiple_of(u64::from(offset)),
+                });
             }
             shape.block_bytes = offset.max(SECTOR_BYTES as u32);
             direct = Some(memory as usize);

@@ -172,6 +172,10 @@ fn load_image(
 ) -> Result<(u64, u64), LoadError> {
     let at = || path.to_path_buf();
     let read = |source| LoadError::Read { path: at(), source };
+    // Opening a FIFO would wait for a writer: look first.
+    if !std::fs::metadata(path).map_err(read)?.is_file() {
+        return Err(read(io::Error::other("this is no regular file")));
+    }
     let mut file = File::open(path).map_err(read)?;
     let mut magic = [0; 4];
     match file.read_exact(&mut magic) {
