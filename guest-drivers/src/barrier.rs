@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use core::sync::atomic::{Ordering, fence};
+use pvkit_protocol::virtio::Features;
 
 /// How strong the barriers have to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +15,17 @@ pub(crate) enum Order {
     Threads,
     /// `ORDER_PLATFORM`: the device may be real hardware.
     Platform,
+}
+
+impl Order {
+    /// What the negotiated features ask for.
+    pub(crate) fn of(features: Features) -> Self {
+        if features.contains(Features::ORDER_PLATFORM) {
+            Self::Platform
+        } else {
+            Self::Threads
+        }
+    }
 }
 
 /// What was written before is visible before what is written after.

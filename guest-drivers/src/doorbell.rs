@@ -6,7 +6,9 @@
 pub struct Position {
     /// The queue.
     pub queue: u16,
-    /// The free-running index of the next entry that will be made available.
+    /// Where the next entry will be made available, as notification data has
+    /// it (virtio 1.3 §2.9): the free-running index of a split ring, or index
+    /// and wrap counter of a packed one.
     pub next: u16,
 }
 

@@ -45,6 +45,15 @@ pub enum Fault {
         /// Requests that the device has.
         in_flight: u16,
     },
+    /// A completion that stands for a batch (IN_ORDER) names an entry to which
+    /// the device's ring index does not reach.
+    #[error("the device completed a batch up to entry {last}, but its index is only {index}")]
+    ShortBatch {
+        /// What the device wrote.
+        last: u16,
+        /// The device's index.
+        index: u16,
+    },
     /// The device says that only a reset helps.
     #[error("the device asks to be reset")]
     NeedsReset,

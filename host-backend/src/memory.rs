@@ -374,6 +374,15 @@ impl Mapped {
     /// Reads the little-endian number at `offset`.
     #[inline]
     #[must_use]
+    pub fn read_u32(&self, offset: usize) -> u32 {
+        // SAFETY: as for `read_u16`.
+        self.at::<u32>(offset)
+            .map_or(0, |place| u32::from_le(unsafe { place.read_volatile() }))
+    }
+
+    /// Reads the little-endian number at `offset`.
+    #[inline]
+    #[must_use]
     pub fn read_u64(&self, offset: usize) -> u64 {
         // SAFETY: as for `read_u16`.
         self.at::<u64>(offset)

@@ -6,6 +6,7 @@ use pvkit_protocol::pvh;
 use pvkit_protocol::virtio::block::{
     BlockConfig, BlockFeatures, Geometry, ID_BYTES, RequestHeader, RequestType, Topology, status,
 };
+use pvkit_protocol::virtio::packed::{self, Event, PackedDescriptor, PackedFlags, PackedPosition};
 use pvkit_protocol::virtio::split::{self, Descriptor, DescriptorFlags, QueueSize, UsedElement};
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
 use std::mem::{offset_of, size_of};
@@ -71,6 +72,77 @@ fn split_ring() {
         assert_eq!(size.used_bytes(), size.avail_event_offset() + 2);
         assert_eq!(size.descriptor_bytes(), n * size_of::<vring_desc>());
     }
+}
+
+#[test]
+fn packed_ring() {
+    assert_eq!(
+        size_of::<PackedDescriptor>(),
+        size_of::<ring::vring_packed_desc>()
+    );
+    assert_eq!(
+        offset_of!(PackedDescriptor, addr),
+        offset_of!(ring::vring_packed_desc, addr)
+    );
+    assert_eq!(
+        offset_of!(PackedDescriptor, len),
+        offset_of!(ring::vring_packed_desc, len)
+    );
+    assert_eq!(
+        offset_of!(PackedDescriptor, id),
+        offset_of!(ring::vring_packed_desc, id)
+    );
+    assert_eq!(
+        packed::DESCRIPTOR_FLAGS,
+        offset_of!(ring::vring_packed_desc, flags)
+    );
+    assert_eq!(
+        offset_of!(PackedDescriptor, flags),
+        packed::DESCRIPTOR_FLAGS
+    );
+    assert_eq!(
+        packed::EVENT_BYTES,
+        size_of::<ring::vring_packed_desc_event>()
+    );
+    assert_eq!(offset_of!(ring::vring_packed_desc_event, off_wrap), 0);
+    assert_eq!(offset_of!(ring::vring_packed_desc_event, flags), 2);
+    assert_eq!(
+        u32::from(PackedFlags::AVAIL.bits()),
+        1 << ring::VRING_PACKED_DESC_F_AVAIL
+    );
+    assert_eq!(
+        u32::from(PackedFlags::USED.bits()),
+        1 << ring::VRING_PACKED_DESC_F_USED
+    );
+    assert_eq!(u32::from(PackedFlags::NEXT.bits()), ring::VRING_DESC_F_NEXT);
+    assert_eq!(
+        u32::from(PackedFlags::WRITE.bits()),
+        ring::VRING_DESC_F_WRITE
+    );
+    assert_eq!(
+        u32::from(PackedFlags::INDIRECT.bits()),
+        ring::VRING_DESC_F_INDIRECT
+    );
+    let place = PackedPosition {
+        index: 5,
+        wrap: true,
+    };
+    assert_eq!(
+        u32::from(place.to_bits()),
+        5 | 1 << ring::VRING_PACKED_EVENT_F_WRAP_CTR
+    );
+    assert_eq!(
+        Event::Enable.to_bits(),
+        ring::VRING_PACKED_EVENT_FLAG_ENABLE << 16
+    );
+    assert_eq!(
+        Event::Disable.to_bits(),
+        ring::VRING_PACKED_EVENT_FLAG_DISABLE << 16
+    );
+    assert_eq!(
+        Event::At(place).to_bits(),
+        ring::VRING_PACKED_EVENT_FLAG_DESC << 16 | u32::from(place.to_bits())
+    );
 }
 
 #[test]

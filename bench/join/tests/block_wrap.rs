@@ -22,16 +22,27 @@ fn stamp(buffer: &mut [u8], sector: u64, writer: u64) {
 #[test]
 fn every_size_and_feature_for_seventy_thousand_requests() {
     let mut combinations = 0;
-    for power in 2..=10 {
-        for indirect in [false, true] {
-            for event_idx in [false, true] {
-                run(1 << power, indirect, event_idx);
-                combinations += 1;
+    for packed in [false, true] {
+        for in_order in [false, true] {
+            for power in 2..=10 {
+                for indirect in [false, true] {
+                    for event_idx in [false, true] {
+                        run(&DeviceOptions {
+                            queue_size: 1 << power,
+                            packed,
+                            in_order,
+                            indirect,
+                            event_idx,
+                            ..DeviceOptions::default()
+                        });
+                        combinations += 1;
+                    }
+                }
             }
         }
     }
     println!("{combinations} combinations of {REQUESTS} requests");
-    assert_eq!(combinations, 9 * 4);
+    assert_eq!(combinations, 4 * 9 * 4);
 }
 
 #[test]
@@ -73,17 +84,12 @@ fn a_request_that_the_device_keeps_while_forty_thousand_others_pass() {
     }
 }
 
-fn run(queue_size: u16, indirect: bool, event_idx: bool) {
-    let name = format!("size {queue_size}, indirect {indirect}, event index {event_idx}");
+fn run(device: &DeviceOptions) {
+    let name = format!("{device:?}");
+    let queue_size = device.queue_size;
     let disk = RecordingDisk::new(SECTORS);
     disk.allow(0);
-    let device = DeviceOptions {
-        queue_size,
-        indirect,
-        event_idx,
-        ..DeviceOptions::default()
-    };
-    let (join, steps) = Join::stepped(Arc::new(disk.clone()), device, 8 << 20);
+    let (join, steps) = Join::stepped(Arc::new(disk.clone()), device.clone(), 8 << 20);
     let options = BlockOptions {
         queue_size,
         max_segments: 2,

@@ -60,6 +60,8 @@ fn supported() -> Features {
     Features::VERSION_1
         | Features::INDIRECT_DESC
         | Features::EVENT_IDX
+        | Features::RING_PACKED
+        | Features::IN_ORDER
         | Features::ORDER_PLATFORM
         | block.into()
 }

@@ -26,6 +26,12 @@ pub struct BlockOptions {
     pub indirect: bool,
     /// Offer `used_event` and `avail_event`.
     pub event_idx: bool,
+    /// Offer packed rings.
+    pub packed: bool,
+    /// Offer to use requests in their order. That holds completions back: one
+    /// that takes long delays all that came after it. Some drivers are faster
+    /// for it.
+    pub in_order: bool,
     /// Most segments of a request.
     pub seg_max: u16,
     /// What GET_ID returns; cut after 20 bytes.
@@ -38,6 +44,8 @@ impl Default for BlockOptions {
             queue_size: 256,
             indirect: true,
             event_idx: true,
+            packed: true,
+            in_order: false,
             seg_max: 126,
             id: "pvkit".to_owned(),
         }
@@ -110,6 +118,8 @@ impl Block {
         let mut features = Features::VERSION_1 | block.into();
         features.set(Features::INDIRECT_DESC, options.indirect);
         features.set(Features::EVENT_IDX, options.event_idx);
+        features.set(Features::RING_PACKED, options.packed);
+        features.set(Features::IN_ORDER, options.in_order);
         let mut config = BlockConfig::new_zeroed();
         config.capacity.set(shape.sectors);
         config.seg_max.set(u32::from(options.seg_max));
@@ -179,13 +189,11 @@ impl Device for Block {
         if lane != 0 {
             return Err(StartError::NoLane(lane));
         }
-        let state = at
-            .and_then(|state| state.queues.first().copied())
-            .unwrap_or_default();
+        let state = at.and_then(|state| state.queues.first().copied());
         // Header and status come on top of the data.
         let longest = self.options.seg_max + 2;
         let ring = Queue::new(&memory, queue.at, features, longest, state)?;
-        let size = queue.at.size.get();
+        let size = queue.at.size;
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(self.options.id.bytes()) {
             *to = from;
@@ -230,7 +238,7 @@ struct BlockWorker {
     chain: Chain,
     bufs: IoBufs,
     lane: Box<dyn DiskLane>,
-    /// By head descriptor, which is also the tag on the lane.
+    /// By the queue's tag, which is also the tag on the lane.
     slots: Vec<InFlight>,
     /// A request that the lane had no room for; `bufs` still has its data.
     stalled: Option<Stalled>,
@@ -246,7 +254,7 @@ struct BlockWorker {
 
 #[derive(Debug, Clone, Copy)]
 struct Stalled {
-    head: u16,
+    tag: u16,
     op: DiskOp,
     sector: u64,
 }
@@ -261,7 +269,7 @@ impl BlockWorker {
     fn finish(
         queue: &mut Queue,
         counters: &BlockCounters,
-        head: u16,
+        tag: u16,
         request: InFlight,
         result: Result<(), DiskError>,
     ) {
@@ -283,7 +291,7 @@ impl BlockWorker {
             }
         };
         queue.write_byte(request.status, status);
-        queue.push(head, written + 1);
+        queue.push(tag, written + 1);
     }
 
     /// Takes what the disk has done. While the queue is broken, the driver is
@@ -311,10 +319,10 @@ impl BlockWorker {
     /// Serves the request in `self.chain`.
     fn serve(&mut self) -> Result<(), Fault> {
         let chain = &self.chain;
-        let head = chain.head();
+        let tag = chain.tag();
         let (readable, writable) = (chain.readable_bytes(), chain.writable_bytes());
         let frame = Fault::Frame {
-            head,
+            head: chain.head(),
             readable,
             writable,
         };
@@ -335,10 +343,10 @@ impl BlockWorker {
             RequestType::IN => {
                 // The used length has 32 bits and counts the status byte.
                 let Ok(written) = u32::try_from(room) else {
-                    return self.reject(head, status_addr, status::IOERR);
+                    return self.reject(tag, status_addr, status::IOERR);
                 };
                 if written == u32::MAX {
-                    return self.reject(head, status_addr, status::IOERR);
+                    return self.reject(tag, status_addr, status::IOERR);
                 }
                 chain.writable_first(room, &mut self.bufs)?;
                 request.written = written;
@@ -363,48 +371,48 @@ impl BlockWorker {
             RequestType::GET_ID => {
                 chain.writable_first(room.min(ID_BYTES as u64), &mut self.bufs)?;
                 request.written = self.bufs.scatter(&self.id) as u32;
-                Self::finish(&mut self.queue, &self.counters, head, request, Ok(()));
+                Self::finish(&mut self.queue, &self.counters, tag, request, Ok(()));
                 return Ok(());
             }
             RequestType(kind) => {
                 log::debug!("virtio-blk: unknown request type {kind}");
-                return self.reject(head, status_addr, status::UNSUPP);
+                return self.reject(tag, status_addr, status::UNSUPP);
             }
         };
-        if let Some(slot) = self.slots.get_mut(usize::from(head)) {
+        if let Some(slot) = self.slots.get_mut(usize::from(tag)) {
             *slot = request;
         }
-        self.submit(Stalled { head, op, sector });
+        self.submit(Stalled { tag, op, sector });
         Ok(())
     }
 
     /// Returns a request with an error, without asking the disk.
-    fn reject(&mut self, head: u16, status_addr: u64, status: u8) -> Result<(), Fault> {
+    fn reject(&mut self, tag: u16, status_addr: u64, status: u8) -> Result<(), Fault> {
         self.counters.requests.add(1);
         self.counters.errors.add(1);
         self.queue.write_byte(status_addr, status);
-        self.queue.push(head, 1);
+        self.queue.push(tag, 1);
         Ok(())
     }
 
     /// Hands the request whose data `self.bufs` has to the disk.
     fn submit(&mut self, request: Stalled) {
-        let Stalled { head, op, sector } = request;
+        let Stalled { tag, op, sector } = request;
         match self.lane.submit(
             DiskRequest {
                 op,
                 sector,
                 data: &self.bufs,
             },
-            head,
+            tag,
         ) {
             Submit::Done(result) => {
                 let slot = self
                     .slots
-                    .get(usize::from(head))
+                    .get(usize::from(tag))
                     .copied()
                     .unwrap_or_default();
-                Self::finish(&mut self.queue, &self.counters, head, slot, result);
+                Self::finish(&mut self.queue, &self.counters, tag, slot, result);
             }
             Submit::Queued => self.counters.queued.add(1),
             Submit::Full => self.stalled = Some(request),

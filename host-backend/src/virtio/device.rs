@@ -2,12 +2,11 @@
 //! transport.
 #![forbid(unsafe_code)]
 
-use super::queue::{Fault, QueueResources};
+use super::queue::{Fault, QueueError, QueueResources};
 use crate::disk::DiskError;
-use crate::memory::{GuestMemory, MemoryError};
+use crate::memory::GuestMemory;
 use crate::worker::{LaneState, Worker};
 use pvkit_protocol::virtio::Features;
-use pvkit_protocol::virtio::split::BadQueueSize;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -52,12 +51,10 @@ pub enum StartError {
     /// There is no such lane.
     #[error("the device has no lane {0}")]
     NoLane(u16),
-    /// The driver chose a size that no queue can have.
+    /// The driver chose a size that no queue can have, or placed a ring where
+    /// there is no RAM.
     #[error(transparent)]
-    Size(#[from] BadQueueSize),
-    /// The driver placed a ring where there is no RAM, or badly aligned.
-    #[error("the ring does not lie in guest memory: {0}")]
-    Ring(#[from] MemoryError),
+    Queue(#[from] QueueError),
     /// The disk refuses.
     #[error(transparent)]
     Disk(#[from] DiskError),

@@ -4,6 +4,7 @@
 pub mod block;
 pub mod feature;
 pub mod mmio;
+pub mod packed;
 pub mod split;
 pub mod status;
 

@@ -147,6 +147,13 @@ impl Guest {
         Features::empty().with_window(0, low).with_window(1, high)
     }
 
+    /// What the device offers but what changes the ring: this guest's own
+    /// helpers lay out split rings.
+    #[must_use]
+    pub fn split_ring_features(&mut self) -> Features {
+        self.offered_features() - (Features::RING_PACKED | Features::IN_ORDER)
+    }
+
     /// Accepts features, up to FEATURES_OK; whether the device agrees.
     pub fn negotiate(&mut self, features: Features) -> bool {
         let driver = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER;
@@ -211,9 +218,9 @@ impl Guest {
     }
 
     /// The whole right way from power-on to a queue that works, with all that
-    /// the device offers.
+    /// the device offers for a split ring.
     pub fn boot(&mut self) -> &mut Self {
-        let features = self.offered_features();
+        let features = self.split_ring_features();
         self.boot_with(features)
     }
 

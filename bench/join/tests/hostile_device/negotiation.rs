@@ -109,8 +109,6 @@ fn features_that_are_missing_or_do_not_stick() {
     let accepted = wire.device().accepted;
     assert_eq!(block.features(), accepted);
     for bad in [
-        Features::RING_PACKED,
-        Features::IN_ORDER,
         Features::ACCESS_PLATFORM,
         Features::NOTIFICATION_DATA,
         Features::from_bits_retain(1 << 63),

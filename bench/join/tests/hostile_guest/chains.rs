@@ -153,7 +153,7 @@ fn indirect_descriptors_where_none_may_be() {
 fn indirect_descriptors_that_were_not_negotiated() {
     let mut scene = Scene::cold(options());
     let guest = &mut scene.guest;
-    let mut features = guest.offered_features();
+    let mut features = guest.split_ring_features();
     features.remove(Features::INDIRECT_DESC);
     guest.boot_with(features);
     assert!(guest.works(1));

@@ -98,7 +98,7 @@ fn a_start_allocates_by_the_queue_s_size_and_that_is_limited() {
     let mut costs = Vec::new();
     for size in [4u16, 1024] {
         guest.size = size;
-        let features = guest.offered_features();
+        let features = guest.split_ring_features();
         assert!(guest.negotiate(features));
         // 1,024 descriptors fill more than a page: clear of the other rings.
         guest.layout.descriptors = LOW.start + 0x20000;
@@ -112,7 +112,7 @@ fn a_start_allocates_by_the_queue_s_size_and_that_is_limited() {
     assert!(costs[1] < 128 << 10, "{costs:?}");
     // Sizes that the device does not have cost nothing.
     for size in [2048u32, 0x8000, u32::MAX] {
-        let features = guest.offered_features();
+        let features = guest.split_ring_features();
         assert!(guest.negotiate(features));
         guest.set_register(mmio::QUEUE_SIZE, size);
         guest.set_register(mmio::QUEUE_READY, 1);

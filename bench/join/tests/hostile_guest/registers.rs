@@ -59,7 +59,7 @@ fn queue_registers_rewritten_while_the_device_runs() {
 fn queue_registers_rewritten_between_ready_and_driver_ok() {
     let mut scene = Scene::cold(options());
     let guest = &mut scene.guest;
-    let features = guest.offered_features();
+    let features = guest.split_ring_features();
     assert!(guest.negotiate(features));
     guest.set_up_queue();
     guest
@@ -106,7 +106,7 @@ fn queue_sizes_that_no_queue_has() {
     for size in [0u32, 3, 9, 16, 0x8000, 0x1_0000, 0x1_0008, u32::MAX] {
         let mut scene = Scene::cold(options());
         let guest = &mut scene.guest;
-        let features = guest.offered_features();
+        let features = guest.split_ring_features();
         assert!(guest.negotiate(features));
         let layout = guest.layout;
         guest

@@ -192,7 +192,7 @@ fn a_reset_of_a_device_that_does_nothing() {
     assert!(guest.reset(), "twice");
     guest.set_status(DeviceStatus::ACKNOWLEDGE);
     assert!(guest.reset());
-    let features = guest.offered_features();
+    let features = guest.split_ring_features();
     assert!(guest.negotiate(features));
     guest.set_up_queue();
     assert!(guest.reset(), "before DRIVER_OK");
@@ -204,7 +204,7 @@ fn a_reset_of_a_device_that_does_nothing() {
 #[test]
 fn a_thousand_lives() {
     let mut scene = Scene::new();
-    let features = scene.guest.offered_features();
+    let features = scene.guest.split_ring_features();
     for life in 0..1_000u64 {
         let guest = &mut scene.guest;
         assert!(guest.reset());

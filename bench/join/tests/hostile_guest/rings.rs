@@ -229,7 +229,7 @@ fn a_state_to_continue_from_that_is_nonsense() {
             memory: memory.clone(),
             queues: vec![QueueResources {
                 at: QueueAddresses {
-                    size,
+                    size: size.get(),
                     descriptors: layout.descriptors,
                     driver: layout.avail,
                     device: layout.used,
@@ -271,7 +271,7 @@ fn events_and_flags_of_any_value_neither_spin_nor_flood() {
     for event_idx in [true, false] {
         let mut scene = Scene::cold(options());
         let guest = &mut scene.guest;
-        let mut features = guest.offered_features();
+        let mut features = guest.split_ring_features();
         features.set(Features::EVENT_IDX, event_idx);
         guest.boot_with(features);
         for round in 0..3_000u64 {

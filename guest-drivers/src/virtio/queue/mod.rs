@@ -6,6 +6,9 @@
 //! negotiated at run time and hidden in here.
 #![allow(unsafe_code)]
 
+mod free;
+mod packed;
+mod ring;
 mod shape;
 mod slot;
 mod split;
@@ -20,8 +23,8 @@ use core::alloc::Layout;
 use core::fmt;
 use core::mem::ManuallyDrop;
 use pvkit_protocol::virtio::split::QueueSize;
+use ring::{Part, Ring, Used};
 use slot::InFlight;
-use split::{Part, SplitRing};
 
 pub use shape::QueueError;
 pub(crate) use shape::{QueueShape, choose_size};
@@ -77,12 +80,6 @@ pub(crate) enum PostError {
     Dma(DmaError),
 }
 
-/// The ring format, chosen when the queue was made.
-#[derive(Debug)]
-enum Ring<S: DmaSpace<Addr = u64>> {
-    Split(SplitRing<S>),
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Live,
@@ -115,6 +112,8 @@ pub(crate) struct Queue<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> {
     quiesced: bool,
     /// Requests that the device was shown, of all that were posted.
     shown: u64,
+    /// With IN_ORDER: the last of a batch of which not all were taken back.
+    batch: Option<Used>,
     counters: QueueCounters,
 }
 
@@ -143,12 +142,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         let layout = Layout::from_size_align(bytes, 64)
             .map_err(|_| DmaError::OutOfMemory { bytes, align: 64 })?;
         let area = space.alloc(layout)?;
-        let ring = Ring::Split(SplitRing::new(
-            &space,
-            shape.size,
-            shape.features,
-            storage.links,
-        )?);
+        let ring = Ring::new(&space, shape.size, shape.features, storage.links)?;
         Ok(Self {
             shared: ManuallyDrop::new(Shared {
                 ring,
@@ -164,6 +158,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             state: State::Live,
             quiesced: true,
             shown: 0,
+            batch: None,
             counters: QueueCounters::default(),
         })
     }
@@ -173,9 +168,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
     pub(crate) fn expose<T: Transport>(&mut self, transport: &mut T) {
         self.identity = transport.identity(self.shape.index);
         self.quiesced = false;
-        let at = match &self.shared.ring {
-            Ring::Split(ring) => ring.addresses(),
-        };
+        let at = self.shared.ring.addresses();
         // SAFETY: the ring lies in memory of the queue, which is freed only
         // after a proof that covers this identity, and names only buffers that
         // are lent until they are used or there is such a proof.
@@ -192,9 +185,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
     }
 
     pub(crate) fn size(&self) -> QueueSize {
-        match &self.shared.ring {
-            Ring::Split(ring) => ring.size(),
-        }
+        self.shape.size
     }
 
     /// Requests that can be outstanding at once if each has one segment.
@@ -228,16 +219,16 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         }
         let indirect = self.shape.indirect();
         let shared = &mut *self.shared;
-        let Ring::Split(ring) = &mut shared.ring;
+        let ring = &mut shared.ring;
         if ring.free() == 0 {
             return Err((PostError::Full, buffer));
         }
-        let head = ring.next_head();
-        let offset = usize::from(head) * self.slot_bytes;
+        let id = ring.next_id();
+        let offset = usize::from(id) * self.slot_bytes;
         let most = usize::from(self.shape.max_segments);
-        let first_segment = usize::from(head) * most;
+        let first_segment = usize::from(id) * most;
         let (Some(slot), Some(room)) = (
-            shared.slots.get_mut(usize::from(head)),
+            shared.slots.get_mut(usize::from(id)),
             shared.segments.get_mut(first_segment..first_segment + most),
         ) else {
             return Err((PostError::Full, buffer));
@@ -312,7 +303,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             writable,
         });
         if indirect {
-            split::write_table(&shared.area, offset + TABLE, count, parts);
+            ring.write_table(&shared.area, offset + TABLE, count, parts);
             ring.add_indirect(base + TABLE as u64, count);
         } else {
             ring.add_direct(count, parts);
@@ -326,7 +317,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         if self.state != State::Live {
             return;
         }
-        let Ring::Split(ring) = &mut self.shared.ring;
+        let ring = &mut self.shared.ring;
         let Some(kick) = ring.publish() else { return };
         self.shown = self.counters.posted;
         self.counters.published += 1;
@@ -357,11 +348,13 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
 
     fn take_used(&mut self) -> Result<Option<Completed<B, X>>, Fault> {
         let shared = &mut *self.shared;
-        let Ring::Split(ring) = &mut shared.ring;
-        let Some(used) = ring.next_used()? else {
-            return Ok(None);
+        let used = if self.shape.in_order() {
+            next_in_order(shared, &mut self.batch, self.shown)?
+        } else {
+            shared.ring.next_used()?
         };
-        let (id, len) = (used.head, used.len);
+        let Some(used) = used else { return Ok(None) };
+        let Used { id, len, exact } = used;
         let slot = shared
             .slots
             .get_mut(usize::from(id))
@@ -373,6 +366,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             Some(request) if request.number < self.shown => request,
             _ => return Err(Fault::NotInFlight { id }),
         };
+        let len = if exact {
+            len
+        } else {
+            len.min(request.writable)
+        };
         if len > request.writable {
             return Err(Fault::UsedLen {
                 id,
@@ -383,7 +381,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         let Some(request) = slot.take() else {
             return Err(Fault::NotInFlight { id });
         };
-        ring.free_chain(id, request.descriptors);
+        shared.ring.free_chain(id, request.descriptors);
         let trailer = shared
             .area
             .read_u8(usize::from(id) * self.slot_bytes + TRAILER);
@@ -411,7 +409,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
     pub(crate) fn arm(&mut self) -> bool {
         match self.state {
             State::Live => {
-                let Ring::Split(ring) = &mut self.shared.ring;
+                let ring = &mut self.shared.ring;
                 ring.arm()
             }
             State::Faulty(_) => true,
@@ -465,11 +463,52 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
     /// Empties the rings of a reclaimed queue, and tells the device about it
     /// again.
     pub(crate) fn restart<T: Transport>(&mut self, transport: &mut T) {
-        let Ring::Split(ring) = &mut self.shared.ring;
-        ring.restart();
+        self.shared.ring.restart();
+        self.batch = None;
         self.state = State::Live;
         self.expose(transport);
     }
+}
+
+/// With IN_ORDER, one completion stands for all chains up to the one it names
+/// (virtio 1.3 §2.7.9): takes them one by one, the oldest first. What it skips
+/// was used to the full.
+fn next_in_order<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>>(
+    shared: &mut Shared<B, X, S>,
+    batch: &mut Option<Used>,
+    shown: u64,
+) -> Result<Option<Used>, Fault> {
+    let last = match *batch {
+        Some(last) => {
+            shared.ring.next_of_batch(last.id)?;
+            last
+        }
+        None => {
+            let Some(last) = shared.ring.next_used()? else {
+                return Ok(None);
+            };
+            // If the device has it, the walk from the oldest comes to it.
+            let slot = shared.slots.get(usize::from(last.id));
+            let has = slot
+                .and_then(|slot| slot.0.as_ref())
+                .is_some_and(|request| request.number < shown);
+            if !has {
+                return Err(Fault::NotInFlight { id: last.id });
+            }
+            last
+        }
+    };
+    let oldest = shared.ring.oldest_id();
+    if oldest == last.id {
+        *batch = None;
+        return Ok(Some(last));
+    }
+    *batch = Some(last);
+    Ok(Some(Used {
+        id: oldest,
+        len: u32::MAX,
+        exact: false,
+    }))
 }
 
 impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> Drop for Queue<B, X, S, D> {
@@ -489,9 +528,7 @@ impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> Drop for Queue<B, X, S, 
             slots,
             segments,
         } = shared;
-        match ring {
-            Ring::Split(ring) => ring.leak(),
-        }
+        ring.leak();
         area.leak();
         let most = usize::from(self.shape.max_segments);
         for (index, slot) in slots.iter().enumerate() {

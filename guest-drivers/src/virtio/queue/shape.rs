@@ -27,6 +27,11 @@ impl QueueShape {
         self.features.contains(Features::INDIRECT_DESC)
     }
 
+    /// Whether the device uses requests in their order.
+    pub(super) fn in_order(&self) -> bool {
+        self.features.contains(Features::IN_ORDER)
+    }
+
     /// Descriptors of the longest chain: header, buffer, trailer.
     fn longest_chain(&self) -> u16 {
         self.max_segments + 2

@@ -1,11 +1,11 @@
 //! The driver's half of the split ring (virtio 1.3 §2.7).
 //!
-//! Only indices and descriptors live here; what a descriptor's request is, is
-//! the business of [`Queue`](super::Queue). Nothing in shared memory is ever
-//! read back, but the two fields that the device owns: `used.idx` with its
-//! elements, and the fields that suppress notifications.
+//! Nothing in shared memory is ever read back, but what the device owns:
+//! `used.idx` with its elements, and the fields that suppress notifications.
 #![forbid(unsafe_code)]
 
+use super::free::FreeList;
+use super::ring::{Part, Used};
 use crate::barrier::{self, Order};
 use crate::dma::{DmaError, DmaRegion, DmaSpace};
 use crate::fault::Fault;
@@ -23,29 +23,12 @@ use pvkit_protocol::virtio::split::{
 /// what the driver writes and what the device writes do not share one.
 const PART_ALIGN: usize = 128;
 
-/// One entry of a chain, ready to be written.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Part {
-    pub(super) addr: u64,
-    pub(super) len: u32,
-    pub(super) writable: bool,
-}
-
-impl Part {
-    fn flags(self) -> DescriptorFlags {
-        if self.writable {
-            DescriptorFlags::WRITE
-        } else {
-            DescriptorFlags::empty()
-        }
+fn write_flags(writable: bool) -> DescriptorFlags {
+    if writable {
+        DescriptorFlags::WRITE
+    } else {
+        DescriptorFlags::empty()
     }
-}
-
-/// What the device says it has used.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Used {
-    pub(super) head: u16,
-    pub(super) len: u32,
 }
 
 #[derive(Debug)]
@@ -56,10 +39,8 @@ pub(super) struct SplitRing<S: DmaSpace<Addr = u64>> {
     used: usize,
     event_idx: bool,
     order: Order,
-    /// Private list of free descriptors: `next[d]` follows `d`.
-    next: Storage<u16>,
-    first_free: u16,
-    free: u16,
+    /// Descriptors. A chain's name is that of its first one.
+    free: FreeList,
     /// Index of the next available entry.
     avail_idx: u16,
     /// `avail_idx` when the device was last shown it.
@@ -74,13 +55,11 @@ pub(super) struct SplitRing<S: DmaSpace<Addr = u64>> {
 }
 
 impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
-    /// A ring in fresh memory, with interrupts not asked for. `next` has room
-    /// for one entry a descriptor.
     pub(super) fn new(
         space: &S,
         size: QueueSize,
         features: Features,
-        next: Storage<u16>,
+        links: Storage<u16>,
     ) -> Result<Self, DmaError> {
         let avail = size.descriptor_bytes().next_multiple_of(PART_ALIGN);
         let used = (avail + size.avail_bytes()).next_multiple_of(PART_ALIGN);
@@ -90,21 +69,15 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
                 bytes,
                 align: PART_ALIGN,
             })?;
-        let order = if features.contains(Features::ORDER_PLATFORM) {
-            Order::Platform
-        } else {
-            Order::Threads
-        };
+        let in_order = features.contains(Features::IN_ORDER);
         let mut ring = Self {
             memory: space.alloc(layout)?,
             size,
             avail,
             used,
             event_idx: features.contains(Features::EVENT_IDX),
-            order,
-            next,
-            first_free: 0,
-            free: 0,
+            order: Order::of(features),
+            free: FreeList::new(links, size, in_order),
             avail_idx: 0,
             published: 0,
             used_idx: 0,
@@ -115,17 +88,11 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         Ok(ring)
     }
 
-    /// Puts the ring back to its first state, for a device that was reset.
     pub(super) fn restart(&mut self) {
         for offset in (0..self.memory.bytes()).step_by(2) {
             self.memory.write_u16(offset, 0);
         }
-        // The storage may be longer than the queue.
-        for (next, following) in self.next.iter_mut().zip(1..=self.size.get()) {
-            *next = following;
-        }
-        self.first_free = 0;
-        self.free = self.size.get();
+        self.free.restart();
         self.avail_idx = 0;
         self.published = 0;
         self.used_idx = 0;
@@ -149,33 +116,25 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         }
     }
 
-    pub(super) fn size(&self) -> QueueSize {
-        self.size
-    }
-
     /// Chains that the device was shown and has not used.
     fn outstanding(&self) -> u16 {
         self.published.wrapping_sub(self.used_idx)
     }
 
     pub(super) fn free(&self) -> u16 {
-        self.free
+        self.free.free()
     }
 
-    /// The descriptor that the next chain will start with.
-    pub(super) fn next_head(&self) -> u16 {
-        self.first_free
+    pub(super) fn next_id(&self) -> u16 {
+        self.free.first()
+    }
+
+    pub(super) fn oldest_id(&self) -> u16 {
+        self.free.oldest()
     }
 
     pub(super) fn leak(self) {
         self.memory.leak();
-    }
-
-    fn take_descriptor(&mut self) -> u16 {
-        let index = self.first_free;
-        self.first_free = self.next.get(usize::from(index)).copied().unwrap_or(0);
-        self.free -= 1;
-        index
     }
 
     fn write(&self, index: u16, descriptor: Descriptor) {
@@ -183,10 +142,8 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         write_descriptor(&self.memory, offset, descriptor);
     }
 
-    /// Makes a chain available that lies in a table of `entries` descriptors
-    /// at `table`. The caller has checked that a descriptor is free.
     pub(super) fn add_indirect(&mut self, table: u64, entries: u16) {
-        let head = self.take_descriptor();
+        let head = self.free.take();
         let bytes = u32::from(entries) * size_of::<Descriptor>() as u32;
         self.write(
             head,
@@ -195,16 +152,17 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.make_available(head);
     }
 
-    /// Makes a chain of `count` parts available, without a table. The caller
-    /// has checked that as many descriptors are free; `count` is not 0.
     pub(super) fn add_direct(&mut self, count: u16, parts: impl Iterator<Item = Part>) {
-        let head = self.first_free;
+        let head = self.free.first();
         for (position, part) in (1..=count).zip(parts) {
-            let index = self.take_descriptor();
+            let index = self.free.take();
             let (flags, next) = if position < count {
-                (part.flags() | DescriptorFlags::NEXT, self.first_free)
+                (
+                    write_flags(part.writable) | DescriptorFlags::NEXT,
+                    self.free.first(),
+                )
             } else {
-                (part.flags(), 0)
+                (write_flags(part.writable), 0)
             };
             self.write(index, Descriptor::new(part.addr, part.len, flags, next));
         }
@@ -218,8 +176,7 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.avail_idx = self.avail_idx.wrapping_add(1);
     }
 
-    /// Shows the device all chains added so far (§2.7.13.3), and says whether
-    /// it wants a notification (§2.7.10). `None` if there are no new ones.
+    /// §2.7.13.3 and §2.7.10.
     pub(super) fn publish(&mut self) -> Option<bool> {
         let (new, old) = (self.avail_idx, self.published);
         if new == old {
@@ -242,13 +199,10 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         })
     }
 
-    /// The index that the next chain will have.
     pub(super) fn position(&self) -> u16 {
         self.avail_idx
     }
 
-    /// The next chain that the device says it used. Its descriptors are still
-    /// taken: the caller checks it, then calls [`free_chain`](Self::free_chain).
     pub(super) fn next_used(&mut self) -> Result<Option<Used>, Fault> {
         if self.used_idx == self.used_seen {
             let to = self.memory.load_acquire_u16(self.used + USED_IDX);
@@ -278,32 +232,40 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         let len = self.memory.read_u32(offset + 4);
         let size = self.size.get();
         match u16::try_from(id) {
-            Ok(head) if head < size => {
-                self.used_idx = self.used_idx.wrapping_add(1);
-                if self.event_idx && self.used_idx.is_multiple_of(EVENT_REFRESH) {
-                    self.suppress_event();
-                }
-                Ok(Some(Used { head, len }))
+            Ok(id) if id < size => {
+                self.advance_used();
+                let exact = true;
+                Ok(Some(Used { id, len, exact }))
             }
             _ => Err(Fault::UsedId { id, size }),
         }
     }
 
-    /// Frees the `count` descriptors of the chain that starts at `head`.
-    pub(super) fn free_chain(&mut self, head: u16, count: u16) {
-        let mut last = head;
-        for _ in 1..count {
-            last = self.next.get(usize::from(last)).copied().unwrap_or(0);
+    fn advance_used(&mut self) {
+        self.used_idx = self.used_idx.wrapping_add(1);
+        if self.event_idx && self.used_idx.is_multiple_of(EVENT_REFRESH) {
+            self.suppress_event();
         }
-        if let Some(next) = self.next.get_mut(usize::from(last)) {
-            *next = self.first_free;
-        }
-        self.first_free = head;
-        self.free += count;
     }
 
-    /// Asks for an interrupt at the next completion; `true` if there is one
-    /// already (§2.7.7, §2.7.14).
+    /// The device moved its index by the whole batch, though it wrote only one
+    /// element (§2.7.9).
+    pub(super) fn next_of_batch(&mut self, last: u16) -> Result<(), Fault> {
+        if self.used_idx == self.used_seen {
+            return Err(Fault::ShortBatch {
+                last,
+                index: self.used_seen,
+            });
+        }
+        self.advance_used();
+        Ok(())
+    }
+
+    pub(super) fn free_chain(&mut self, head: u16, count: u16) {
+        self.free.give(head, count);
+    }
+
+    /// §2.7.7 and §2.7.14.
     pub(super) fn arm(&mut self) -> bool {
         if self.event_idx {
             self.memory
@@ -338,11 +300,11 @@ pub(super) fn write_table<S: DmaSpace>(
             Descriptor::new(
                 part.addr,
                 part.len,
-                part.flags() | DescriptorFlags::NEXT,
+                write_flags(part.writable) | DescriptorFlags::NEXT,
                 next,
             )
         } else {
-            Descriptor::new(part.addr, part.len, part.flags(), 0)
+            Descriptor::new(part.addr, part.len, write_flags(part.writable), 0)
         };
         write_descriptor(
             memory,

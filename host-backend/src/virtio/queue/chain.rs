@@ -20,7 +20,11 @@ pub(super) struct Range {
 /// for every request.
 #[derive(Debug)]
 pub struct Chain {
+    tag: u16,
+    /// The descriptor that it starts with, for what faults say.
     head: u16,
+    /// Most descriptors.
+    most: u16,
     snapshot: Option<Arc<Snapshot>>,
     ranges: Vec<Range>,
     /// How many of `ranges` are readable; the others are writable.
@@ -34,7 +38,9 @@ impl Chain {
     #[must_use]
     pub fn with_capacity(longest: u16) -> Self {
         Self {
+            tag: 0,
             head: 0,
+            most: longest,
             snapshot: None,
             ranges: Vec::with_capacity(usize::from(longest)),
             readable: 0,
@@ -43,8 +49,10 @@ impl Chain {
         }
     }
 
-    pub(super) fn start(&mut self, head: u16, snapshot: &Arc<Snapshot>) {
+    pub(super) fn start(&mut self, tag: u16, head: u16, most: u16, snapshot: &Arc<Snapshot>) {
+        self.tag = tag;
         self.head = head;
+        self.most = most;
         self.ranges.clear();
         self.readable = 0;
         self.readable_bytes = 0;
@@ -59,6 +67,12 @@ impl Chain {
     }
 
     pub(super) fn push(&mut self, range: Range, writable: bool) -> Result<(), Fault> {
+        if self.ranges.len() >= usize::from(self.most) {
+            return Err(Fault::ChainTooLong {
+                head: self.head,
+                most: self.most,
+            });
+        }
         if range.len == 0 {
             return Err(Fault::Empty { head: self.head });
         }
@@ -75,11 +89,14 @@ impl Chain {
         Ok(())
     }
 
-    pub(super) fn descriptors(&self) -> usize {
-        self.ranges.len()
+    /// The device's name for it: a number below the size of the queue that no
+    /// other chain has until this one is returned.
+    #[must_use]
+    pub fn tag(&self) -> u16 {
+        self.tag
     }
 
-    /// The descriptor that the chain starts with: its name in the queue.
+    /// The descriptor that it starts with.
     #[must_use]
     pub fn head(&self) -> u16 {
         self.head

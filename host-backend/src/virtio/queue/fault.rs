@@ -31,6 +31,14 @@ pub enum Fault {
         /// What the driver wrote.
         head: u16,
     },
+    /// A packed ring goes on at a descriptor that the device already has.
+    #[error("the driver made descriptor {index} of {size} available while it is in flight")]
+    Overrun {
+        /// The descriptor.
+        index: u16,
+        /// Size of the queue.
+        size: u16,
+    },
     /// A descriptor names a next one beyond its table.
     #[error("descriptor {index} goes on at {next} in a table of {size}")]
     Next {

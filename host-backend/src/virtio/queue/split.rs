@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use super::chain::Range;
-use super::{Chain, Fault, QueueAddresses, QueueState};
+use super::ring::Name;
+use super::{Chain, Fault, QueueAddresses, QueueError, QueueState};
 use crate::memory::{Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::split::{
@@ -50,8 +51,11 @@ struct Parts {
     used: Mapped,
 }
 
-fn map(snapshot: &Arc<Snapshot>, at: QueueAddresses) -> Result<Parts, MemoryError> {
-    let size = at.size;
+fn map(
+    snapshot: &Arc<Snapshot>,
+    size: QueueSize,
+    at: QueueAddresses,
+) -> Result<Parts, MemoryError> {
     Ok(Parts {
         descriptors: snapshot.map(at.descriptors, size.descriptor_bytes(), DESCRIPTOR_ALIGN)?,
         avail: snapshot.map(at.driver, size.avail_bytes(), AVAIL_ALIGN)?,
@@ -66,13 +70,13 @@ impl SplitRing {
         features: Features,
         longest: u16,
         state: QueueState,
-    ) -> Result<Self, MemoryError> {
+    ) -> Result<Self, QueueError> {
+        let size = QueueSize::new(u32::from(at.size))?;
         let Parts {
             descriptors,
             avail,
             used,
-        } = map(&snapshot, at)?;
-        let size = at.size;
+        } = map(&snapshot, size, at)?;
         let longest = longest.max(size.get());
         Ok(Self {
             snapshot,
@@ -93,10 +97,6 @@ impl SplitRing {
         })
     }
 
-    pub(super) fn epoch(&self) -> u64 {
-        self.snapshot.epoch()
-    }
-
     pub(super) fn snapshot(&self) -> &Snapshot {
         &self.snapshot
     }
@@ -110,7 +110,7 @@ impl SplitRing {
             descriptors,
             avail,
             used,
-        } = map(&snapshot, at)?;
+        } = map(&snapshot, self.size, at)?;
         self.snapshot = snapshot;
         self.descriptors = descriptors;
         self.avail = avail;
@@ -161,7 +161,7 @@ impl SplitRing {
             self.used
                 .write_u16(self.size.avail_event_offset(), far_event(self.next_avail));
         }
-        chain.start(head, &self.snapshot);
+        chain.start(head, head, self.longest, &self.snapshot);
         self.walk(head, chain)?;
         Ok(true)
     }
@@ -185,7 +185,7 @@ impl SplitRing {
                 }
                 return self.walk_table(head, &descriptor, chain);
             }
-            self.add(&descriptor, chain)?;
+            add(&descriptor, chain)?;
             if !flags.contains(DescriptorFlags::NEXT) {
                 return Ok(());
             }
@@ -231,7 +231,7 @@ impl SplitRing {
             if flags.contains(DescriptorFlags::INDIRECT) {
                 return Err(Fault::Indirect { head, index });
             }
-            self.add(&descriptor, chain)?;
+            add(&descriptor, chain)?;
             if !flags.contains(DescriptorFlags::NEXT) {
                 return Ok(());
             }
@@ -243,32 +243,23 @@ impl SplitRing {
         }
     }
 
-    fn add(&self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), Fault> {
-        if chain.descriptors() >= usize::from(self.longest) {
-            return Err(Fault::ChainTooLong {
-                head: chain.head(),
-                most: self.longest,
-            });
+    /// Ends the device's hold on a chain: an entry of the used ring is its.
+    pub(super) fn release(&mut self, tag: u16) -> Option<Name> {
+        let taken = self.taken.get_mut(usize::from(tag))?;
+        if !std::mem::replace(taken, false) {
+            return None;
         }
-        let range = Range {
-            addr: descriptor.addr.get(),
-            len: descriptor.len.get(),
-        };
-        chain.push(range, descriptor.flags().contains(DescriptorFlags::WRITE))
+        self.in_flight -= 1;
+        Some(Name { id: tag, units: 1 })
     }
 
-    pub(super) fn push(&mut self, head: u16, written: u32) {
+    /// Gives back the chain at `head`, and all before it: `units` entries.
+    pub(super) fn give_back(&mut self, head: u16, written: u32, units: u16) {
         let slot = usize::from(self.size.slot(self.next_used));
         let offset = USED_RING + size_of::<UsedElement>() * slot;
         self.used.write_u32(offset, u32::from(head));
         self.used.write_u32(offset + 4, written);
-        self.next_used = self.next_used.wrapping_add(1);
-        if let Some(taken) = self.taken.get_mut(usize::from(head))
-            && *taken
-        {
-            *taken = false;
-            self.in_flight -= 1;
-        }
+        self.next_used = self.next_used.wrapping_add(units);
     }
 
     pub(super) fn show(&mut self) {
@@ -311,4 +302,12 @@ impl SplitRing {
             self.used.write_u16(USED_FLAGS, USED_F_NO_NOTIFY);
         }
     }
+}
+
+fn add(descriptor: &Descriptor, chain: &mut Chain) -> Result<(), Fault> {
+    let range = Range {
+        addr: descriptor.addr.get(),
+        len: descriptor.len.get(),
+    };
+    chain.push(range, descriptor.flags().contains(DescriptorFlags::WRITE))
 }

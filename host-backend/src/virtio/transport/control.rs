@@ -8,6 +8,7 @@ use crate::memory::GuestMemory;
 use crate::virtio::device::{Device, DeviceEvents, Identity, LaneResources, StartError};
 use crate::virtio::queue::{Fault, QueueAddresses, QueueResources};
 use crate::worker::Signal;
+use pvkit_protocol::virtio::packed::PackedSize;
 use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{DeviceStatus, Features};
 use std::fmt;
@@ -300,10 +301,18 @@ impl<S: TransportSignals + 'static> Control<S> {
             return;
         }
         let most = u32::from(self.identity.queue_size_max);
+        let packed = self.driver_features.contains(Features::RING_PACKED);
         let Some(registers) = self.queues.get_mut(queue as usize) else {
             return;
         };
-        let possible = registers.size <= most && QueueSize::new(registers.size).is_ok();
+        let size = registers.size;
+        // Only split rings have to be powers of two.
+        let of_the_kind = if packed {
+            PackedSize::new(size).is_ok()
+        } else {
+            QueueSize::new(size).is_ok()
+        };
+        let possible = size <= most && of_the_kind;
         if ready && !possible {
             log::debug!("virtio: queue {queue} cannot have size {}", registers.size);
         }
@@ -340,7 +349,8 @@ impl<S: TransportSignals + 'static> Control<S> {
             }
             queues.push(QueueResources {
                 at: QueueAddresses {
-                    size: QueueSize::new(registers.size).map_err(StartError::from)?,
+                    // Checked when the queue was enabled.
+                    size: registers.size as u16,
                     descriptors: registers.descriptors,
                     driver: registers.driver,
                     device: registers.device,

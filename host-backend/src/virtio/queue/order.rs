@@ -1,0 +1,85 @@
+//! Giving chains back in the order in which they came (IN_ORDER, virtio 1.3
+//! §2.7.9), whatever order they are done in.
+#![forbid(unsafe_code)]
+
+use super::ring::Ring;
+use std::collections::VecDeque;
+
+/// A chain that was fetched.
+#[derive(Debug, Clone, Copy)]
+struct Fetched {
+    tag: u16,
+    writable: u64,
+}
+
+/// Chains that are given back by one entry that names the last of them.
+#[derive(Debug, Clone, Copy)]
+struct Batch {
+    id: u16,
+    written: u32,
+    units: u16,
+    /// The last was written to the full.
+    full: bool,
+}
+
+/// What is fetched and not given back.
+#[derive(Debug)]
+pub(super) struct InOrder {
+    fetched: VecDeque<Fetched>,
+    /// By tag: bytes written for chains whose turn has not come. They keep
+    /// their tag until then.
+    done: Vec<Option<u32>>,
+    batch: Option<Batch>,
+}
+
+impl InOrder {
+    pub(super) fn new(size: u16) -> Self {
+        Self {
+            fetched: VecDeque::with_capacity(usize::from(size)),
+            done: vec![None; usize::from(size)],
+            batch: None,
+        }
+    }
+
+    pub(super) fn fetched(&mut self, tag: u16, writable: u64) {
+        self.fetched.push_back(Fetched { tag, writable });
+    }
+
+    /// A chain is done: gives back all whose turn it is. The last batch may
+    /// still grow.
+    pub(super) fn done(&mut self, ring: &mut Ring, tag: u16, written: u32) {
+        if let Some(done) = self.done.get_mut(usize::from(tag)) {
+            *done = Some(written);
+        }
+        while let Some(&Fetched { tag, writable }) = self.fetched.front() {
+            let done = self.done.get_mut(usize::from(tag));
+            let Some(written) = done.and_then(Option::take) else {
+                return;
+            };
+            self.fetched.pop_front();
+            let Some(name) = ring.release(tag) else {
+                continue;
+            };
+            // The driver takes those that are not named for written to the
+            // full: who was not is named.
+            if self.batch.is_some_and(|batch| !batch.full) {
+                self.end_batch(ring);
+            }
+            let before = self.batch.map_or(0, |batch| batch.units);
+            self.batch = Some(Batch {
+                id: name.id,
+                written,
+                units: before + name.units,
+                full: u64::from(written) == writable,
+            });
+        }
+    }
+
+    /// Gives back the batch that may still grow, because the driver is about to
+    /// look.
+    pub(super) fn end_batch(&mut self, ring: &mut Ring) {
+        if let Some(batch) = self.batch.take() {
+            ring.give_back(batch.id, batch.written, batch.units);
+        }
+    }
+}
