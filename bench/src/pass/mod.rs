@@ -139,7 +139,9 @@ fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     // A fixed number of bytes, whatever the size of a request.
     job.verify.set((512 * 1024 / row.block_bytes).clamp(4, 64));
     job.seed.set(pattern::mix(u64::from(*round)));
-    job.allow_features.set(Features::all().bits());
+    // The rows say that their ring is split.
+    let rings = Features::RING_PACKED | Features::IN_ORDER;
+    job.allow_features.set((Features::all() - rings).bits());
     job.queue_size.set(256);
     job
 }
