@@ -9,7 +9,7 @@ use super::init::{self, InitError};
 use super::queue::{
     Completed, Payload, PostError, Queue, QueueCounters, QueueShape, QueueStorage, choose_size,
 };
-use super::transport::{Events, ResetTimeout, Transport};
+use super::transport::{Events, Quiesced, ResetTimeout, Transport};
 use crate::block::{
     BlockError, BlockLimits, BlockOp, BlockQueue, Done, Reason, Refused, SECTOR_BYTES,
 };
@@ -62,6 +62,8 @@ fn supported() -> Features {
         | Features::EVENT_IDX
         | Features::RING_PACKED
         | Features::IN_ORDER
+        | Features::NOTIFICATION_DATA
+        | Features::RING_RESET
         | Features::ORDER_PLATFORM
         | block.into()
 }
@@ -237,17 +239,7 @@ impl<T: Transport> Block<T> {
         queue.queue.retire(Fault::NeedsReset);
         let allow = supported() & (self.options.allow | Features::VERSION_1);
         let proof = self.transport.reset()?;
-        let ours = queue
-            .queue
-            .reclaim(&proof, &mut |request: Request, buffer| {
-                each(Done {
-                    tag: request.tag,
-                    op: request.op,
-                    buffer,
-                    result: Err(BlockError::Reset),
-                });
-            });
-        if !ours {
+        if !queue.reclaim(&proof, each) {
             return Err(InitError::ForeignQueue);
         }
         let (features, _) = init::negotiate(
@@ -277,6 +269,36 @@ impl<T: Transport> Block<T> {
         self.go(queue)
     }
 
+    /// Resets one queue and starts it again, while the rest of the device goes
+    /// on ([`RING_RESET`](Features::RING_RESET), virtio 1.3 §2.6.1). Every
+    /// outstanding request comes back through `each` with
+    /// [`BlockError::Reset`]. A device that asks to be reset itself
+    /// ([`Events::NEEDS_RESET`]) needs [`recover`](Block::recover).
+    ///
+    /// # Errors
+    /// [`InitError::Missing`] if the device does not offer this, and
+    /// [`InitError::ForeignQueue`] for the queue of another device: then
+    /// nothing happens. [`InitError::Reset`] if the reset does not finish: the
+    /// queue stays retired with its requests, and recovering can be tried.
+    pub fn reset_queue<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &mut self,
+        queue: &mut QueueOf<B, S, T>,
+        each: &mut dyn FnMut(Done<B>),
+    ) -> Result<(), InitError> {
+        self.check_own(queue)?;
+        let missing = Features::RING_RESET;
+        if !self.features.contains(missing) {
+            return Err(InitError::Missing { missing });
+        }
+        queue.queue.retire(Fault::NeedsReset);
+        let proof = self.transport.reset_queue(queue.queue.index())?;
+        if !queue.reclaim(&proof, each) {
+            return Err(InitError::ForeignQueue);
+        }
+        queue.queue.restart(&mut self.transport);
+        Ok(())
+    }
+
     /// Stops the device for good: outstanding requests come back through
     /// `each`, the queue's memory is freed, and the transport can be used by
     /// another driver. The queue of another device is leaked, as if it were
@@ -292,16 +314,7 @@ impl<T: Transport> Block<T> {
     ) -> Result<(), ResetTimeout> {
         self.closed = true;
         let proof = self.transport.reset()?;
-        queue
-            .queue
-            .reclaim(&proof, &mut |request: Request, buffer| {
-                each(Done {
-                    tag: request.tag,
-                    op: request.op,
-                    buffer,
-                    result: Err(BlockError::Reset),
-                });
-            });
+        queue.reclaim(&proof, each);
         Ok(())
     }
 
@@ -444,6 +457,19 @@ pub struct VirtioBlockQueue<B: DmaBufMut, S: DmaSpace<Addr = u64>, D> {
 }
 
 impl<B: DmaBufMut, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioBlockQueue<B, S, D> {
+    /// Hands back every outstanding request; `false` if the proof is not about
+    /// this queue.
+    fn reclaim(&mut self, proof: &Quiesced, each: &mut dyn FnMut(Done<B>)) -> bool {
+        self.queue.reclaim(proof, &mut |request: Request, buffer| {
+            each(Done {
+                tag: request.tag,
+                op: request.op,
+                buffer,
+                result: Err(BlockError::Reset),
+            });
+        })
+    }
+
     /// What the queue has done so far.
     #[must_use]
     pub fn counters(&self) -> QueueCounters {

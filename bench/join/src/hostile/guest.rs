@@ -147,11 +147,12 @@ impl Guest {
         Features::empty().with_window(0, low).with_window(1, high)
     }
 
-    /// What the device offers but what changes the ring: this guest's own
+    /// What the device offers but what changes or resets the ring: this guest's own
     /// helpers lay out split rings.
     #[must_use]
     pub fn split_ring_features(&mut self) -> Features {
-        self.offered_features() - (Features::RING_PACKED | Features::IN_ORDER)
+        let others = Features::RING_PACKED | Features::IN_ORDER | Features::RING_RESET;
+        self.offered_features() - others
     }
 
     /// Accepts features, up to FEATURES_OK; whether the device agrees.
