@@ -1,13 +1,26 @@
-//! PCI configuration mechanism 1 (PCI Local Bus Specification 3.0,
-//! §3.2.2.3.2): finding functions, and giving them ports.
+//! PCI: finding functions, giving them ports and memory, their capabilities,
+//! and interrupts by message.
 //!
-//! Only bus 0 is looked at: the machines that this is for have no other.
+//! [`PciConfig`] reaches configuration space through any [`ConfigAccess`];
+//! ports ([`PortIo`]) are one, by configuration mechanism 1 (PCI Local Bus
+//! Specification 3.0, §3.2.2.3.2). Only bus 0 is looked at: the machines that
+//! this is for have no other.
+//!
+//! Nothing that configuration space says is trusted: lists end, offsets are
+//! checked, and registers that do not keep what is written are reported.
 #![forbid(unsafe_code)]
+
+mod bar;
+mod capability;
+mod msix;
+
+pub use bar::{MemoryBar, MemoryPool, PortBar, PortPool};
+pub use capability::Capabilities;
+pub use msix::{Msix, MsixError};
 
 use crate::register::PortIo;
 use pvkit_protocol::pci::{
-    BAR_IO, BAR_IO_MASK, Bdf, CONFIG_ADDRESS, CONFIG_DATA, Command, FUNCTIONS, NO_VENDOR, SLOTS,
-    header,
+    Bdf, CONFIG_ADDRESS, CONFIG_DATA, Command, FUNCTIONS, NO_VENDOR, SLOTS, header,
 };
 use thiserror::Error;
 
@@ -26,8 +39,16 @@ pub enum PciError {
         /// What it reads as.
         value: u32,
     },
+    /// The base address register decodes no memory.
+    #[error("base address register {bar} reads {value:#x}: no memory")]
+    NotMemory {
+        /// The register.
+        bar: u8,
+        /// What it reads as.
+        value: u32,
+    },
     /// The base address register has a size that no such register can have, or
-    /// lies outside of port space.
+    /// lies where it cannot.
     #[error("base address register {bar} reads {value:#x}, and {ones:#x} after all ones")]
     Size {
         /// The register.
@@ -40,6 +61,9 @@ pub enum PciError {
     /// No ports are left.
     #[error("there are no {0} ports left")]
     NoPorts(u16),
+    /// No addresses are left.
+    #[error("there are no {0:#x} bytes of addresses left")]
+    NoMemory(u64),
     /// The base address register does not keep what was written.
     #[error("base address register {bar} reads {read:#x} after {written:#x} was written")]
     Stuck {
@@ -67,103 +91,99 @@ pub struct Function {
     pub prog_if: u8,
 }
 
-/// Ports that a base address register decodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PortBar {
-    /// First port; 0 if none was assigned.
-    pub base: u16,
-    /// Number of ports.
-    pub size: u16,
+/// A way to configuration space. Ports are one; a window of memory (ECAM) can
+/// be another.
+///
+/// Reads of what does not exist return all ones.
+pub trait ConfigAccess {
+    /// Reads 8 bits.
+    fn load_u8(&self, place: Bdf, offset: u8) -> u8;
+    /// Reads 16 bits; `offset` is a multiple of 2.
+    fn load_u16(&self, place: Bdf, offset: u8) -> u16;
+    /// Reads 32 bits; `offset` is a multiple of 4.
+    fn load_u32(&self, place: Bdf, offset: u8) -> u32;
+    /// Writes 8 bits.
+    fn store_u8(&self, place: Bdf, offset: u8, value: u8);
+    /// Writes 16 bits; `offset` is a multiple of 2.
+    fn store_u16(&self, place: Bdf, offset: u8, value: u16);
+    /// Writes 32 bits; `offset` is a multiple of 4.
+    fn store_u32(&self, place: Bdf, offset: u8, value: u32);
 }
 
-/// Ports that nobody uses, for functions that firmware left without.
+/// Selects a register by configuration mechanism 1; says at which port its
+/// byte `offset` is.
+fn select(ports: &impl PortIo, place: Bdf, offset: u8) -> u16 {
+    ports.write_u32(CONFIG_ADDRESS, place.config_address(offset));
+    CONFIG_DATA + u16::from(offset & 0b11)
+}
+
+/// Configuration mechanism 1. An access takes two steps: only one user at a
+/// time may use it.
+impl<P: PortIo> ConfigAccess for P {
+    fn load_u8(&self, place: Bdf, offset: u8) -> u8 {
+        self.read_u8(select(self, place, offset))
+    }
+    fn load_u16(&self, place: Bdf, offset: u8) -> u16 {
+        self.read_u16(select(self, place, offset))
+    }
+    fn load_u32(&self, place: Bdf, offset: u8) -> u32 {
+        self.read_u32(select(self, place, offset))
+    }
+    fn store_u8(&self, place: Bdf, offset: u8, value: u8) {
+        self.write_u8(select(self, place, offset), value);
+    }
+    fn store_u16(&self, place: Bdf, offset: u8, value: u16) {
+        self.write_u16(select(self, place, offset), value);
+    }
+    fn store_u32(&self, place: Bdf, offset: u8, value: u32) {
+        self.write_u32(select(self, place, offset), value);
+    }
+}
+
+/// Configuration space. Only one user at a time may access it, if the access
+/// takes several steps.
 #[derive(Debug, Clone)]
-pub struct PortPool {
-    next: u32,
-    end: u32,
+pub struct PciConfig<A> {
+    access: A,
 }
 
-impl PortPool {
-    /// The ports from `first` to `last`.
-    #[must_use]
-    pub const fn new(first: u16, last: u16) -> Self {
-        Self {
-            next: first as u32,
-            end: last as u32 + 1,
-        }
-    }
-
-    /// Takes `size` ports, a power of two, aligned to their number.
-    fn take(&mut self, size: u16) -> Result<u16, PciError> {
-        let full = PciError::NoPorts(size);
-        let size = u32::from(size);
-        let base = self.next.max(1).next_multiple_of(size.max(1));
-        if base + size > self.end {
-            return Err(full);
-        }
-        let port = u16::try_from(base).map_err(|_| full)?;
-        self.next = base + size;
-        Ok(port)
-    }
-}
-
-/// Configuration space, through two ports. Only one user at a time may access
-/// it: an access takes two steps.
-#[derive(Debug, Clone)]
-pub struct PciConfig<P> {
-    ports: P,
-}
-
-impl<P: PortIo> PciConfig<P> {
-    /// Configuration space behind `ports`.
-    pub fn new(ports: P) -> Self {
-        Self { ports }
-    }
-
-    /// Selects a register; says at which port its byte `offset` is.
-    fn select(&self, place: Bdf, offset: u8) -> u16 {
-        self.ports
-            .write_u32(CONFIG_ADDRESS, place.config_address(offset));
-        CONFIG_DATA + u16::from(offset & 0b11)
+impl<A: ConfigAccess> PciConfig<A> {
+    /// Configuration space through `access`, such as ports.
+    pub fn new(access: A) -> Self {
+        Self { access }
     }
 
     /// Reads 8 bits.
     #[must_use]
     pub fn read_u8(&self, place: Bdf, offset: u8) -> u8 {
-        let port = self.select(place, offset);
-        self.ports.read_u8(port)
+        self.access.load_u8(place, offset)
     }
 
     /// Reads 16 bits; `offset` is a multiple of 2.
     #[must_use]
     pub fn read_u16(&self, place: Bdf, offset: u8) -> u16 {
-        let port = self.select(place, offset);
-        self.ports.read_u16(port)
+        self.access.load_u16(place, offset)
     }
 
     /// Reads 32 bits; `offset` is a multiple of 4.
     #[must_use]
     pub fn read_u32(&self, place: Bdf, offset: u8) -> u32 {
-        let port = self.select(place, offset);
-        self.ports.read_u32(port)
+        self.access.load_u32(place, offset)
     }
 
     /// Writes 8 bits.
     pub fn write_u8(&self, place: Bdf, offset: u8, value: u8) {
-        let port = self.select(place, offset);
-        self.ports.write_u8(port, value);
+        self.access.store_u8(place, offset, value);
     }
 
     /// Writes 16 bits; `offset` is a multiple of 2.
     pub fn write_u16(&self, place: Bdf, offset: u8, value: u16) {
-        let port = self.select(place, offset);
-        self.ports.write_u16(port, value);
+        self.access.store_u16(place, offset, value);
     }
 
     /// Writes 32 bits; `offset` is a multiple of 4.
     pub fn write_u32(&self, place: Bdf, offset: u8, value: u32) {
-        let port = self.select(place, offset);
-        self.ports.write_u32(port, value);
+        self.access.store_u32(place, offset, value);
     }
 
     /// The function at a place, if there is one.
@@ -221,85 +241,15 @@ impl<P: PortIo> PciConfig<P> {
         Command::from_bits_retain(self.read_u16(place, header::COMMAND))
     }
 
+    /// Clears bits of the command register.
+    pub fn disable(&self, place: Bdf, bits: Command) {
+        let command = self.command(place) - bits;
+        self.write_u16(place, header::COMMAND, command.bits());
+    }
+
     /// Sets bits of the command register.
     pub fn enable(&self, place: Bdf, bits: Command) {
         let command = self.command(place) | bits;
         self.write_u16(place, header::COMMAND, command.bits());
-    }
-
-    /// Asks a base address register where its ports are, and how many. The
-    /// function decodes nothing meanwhile.
-    ///
-    /// # Errors
-    /// [`PciError`] if the register decodes no ports, or makes no sense.
-    pub fn port_bar(&self, place: Bdf, bar: u8) -> Result<PortBar, PciError> {
-        if bar >= header::BARS {
-            return Err(PciError::NoBar(bar));
-        }
-        let offset = header::bar(bar);
-        let value = self.read_u32(place, offset);
-        if value & BAR_IO == 0 || value == u32::MAX {
-            return Err(PciError::NotPorts { bar, value });
-        }
-        let command = self.command(place);
-        let quiet = command - Command::IO - Command::MEMORY;
-        self.write_u16(place, header::COMMAND, quiet.bits());
-        self.write_u32(place, offset, u32::MAX);
-        let ones = self.read_u32(place, offset);
-        self.write_u32(place, offset, value);
-        self.write_u16(place, header::COMMAND, command.bits());
-
-        // The high half may be fixed to 0: there are only 64 Ki ports.
-        let mask = (ones & BAR_IO_MASK) as u16;
-        let size = mask.wrapping_neg();
-        let base = u16::try_from(value & BAR_IO_MASK).ok();
-        match base {
-            Some(base) if size.is_power_of_two() => Ok(PortBar { base, size }),
-            _ => Err(PciError::Size { bar, value, ones }),
-        }
-    }
-
-    /// The ports of a base address register, taken from `free` if none were
-    /// assigned. Decoding has to be [enabled](PciConfig::enable).
-    ///
-    /// # Errors
-    /// [`PciError`] if the register decodes no ports, does not keep what is
-    /// written, or there are none left.
-    pub fn assign_ports(
-        &self,
-        place: Bdf,
-        bar: u8,
-        free: &mut PortPool,
-    ) -> Result<PortBar, PciError> {
-        let found = self.port_bar(place, bar)?;
-        if found.base != 0 {
-            return Ok(found);
-        }
-        let base = free.take(found.size)?;
-        let written = u32::from(base) | BAR_IO;
-        self.write_u32(place, header::bar(bar), written);
-        let read = self.read_u32(place, header::bar(bar));
-        if read != written {
-            return Err(PciError::Stuck { bar, written, read });
-        }
-        Ok(PortBar { base, ..found })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pools_hand_out_aligned_ports_until_they_are_empty() {
-        let mut pool = PortPool::new(0xc004, 0xc01f);
-        assert_eq!(pool.take(16), Ok(0xc010));
-        assert_eq!(pool.take(4), Err(PciError::NoPorts(4)));
-        let mut pool = PortPool::new(0, 0xffff);
-        assert_eq!(pool.take(4), Ok(4), "port 0 means unassigned");
-        assert_eq!(pool.take(0x8000), Ok(0x8000));
-        assert_eq!(pool.take(4), Err(PciError::NoPorts(4)));
-        let mut pool = PortPool::new(10, 5);
-        assert_eq!(pool.take(4), Err(PciError::NoPorts(4)));
     }
 }
