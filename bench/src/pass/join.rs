@@ -9,17 +9,17 @@ use pvkit_guest::dma::DmaBufMut;
 use pvkit_guest::emulated::ata::{self, Ata, AtaOptions, Mode};
 use pvkit_guest::fault::Fault;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
-use pvkit_guest::virtio::transport::MmioTransport;
 use pvkit_host::disk::MemoryDisk;
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::virtio::block::BlockOptions as DeviceOptions;
 use pvkit_host::worker::SignalCounter;
-use pvkit_join::Join;
+use pvkit_join::any::AnyTransport;
 use pvkit_join::arena::{Arena, ArenaBuf, ArenaSpace};
 use pvkit_join::ide::IdeJoin;
+use pvkit_join::pci::AnyWire;
 use pvkit_join::port::{Access, PortWire};
 use pvkit_join::stepped::Steps;
-use pvkit_join::wire::Wire;
+use pvkit_join::{Join, Kind};
 use pvkit_protocol::virtio::Features;
 use pvkit_workload::report::{JobReport, OUTCOME_OK, Sample};
 use pvkit_workload::run::{Counts, Machine, Outcome, RunError, Target, run as run_job};
@@ -110,6 +110,7 @@ fn run_task(disk: &MemoryDisk, task: &Task, job: &Job) -> Result<(Outcome, Featu
 
 fn run_virtio(disk: &MemoryDisk, job: &Job) -> Result<(Outcome, Features)> {
     let (join, steps) = Join::stepped(
+        Kind::Mmio,
         Arc::new(disk.clone()),
         DeviceOptions::default(),
         GUEST_BYTES,
@@ -245,7 +246,7 @@ impl Machine for Stepper {
     }
 }
 
-type Transport = MmioTransport<Wire>;
+type Transport = AnyTransport<AnyWire>;
 
 struct Virtio<B: DmaBufMut> {
     block: Block<Transport>,
