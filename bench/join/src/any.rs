@@ -16,7 +16,7 @@ pub enum AnyTransport<R> {
     /// virtio-pci.
     Pci {
         /// The transport.
-        transport: PciTransport<R>,
+        transport: Box<PciTransport<R>>,
         /// The vectors of configuration and queues whose driver does not ask
         /// for any, as drivers do that are written for one line.
         vectors: Option<[u16; 2]>,

@@ -153,13 +153,13 @@ impl Join {
         let transport = pci.transport(&mut free);
         if self.kind == Kind::PciIntx {
             return AnyTransport::Pci {
-                transport,
+                transport: Box::new(transport),
                 vectors: None,
             };
         }
         let msix = pci.msix(&mut free);
         AnyTransport::Pci {
-            transport: transport.with_msix(&msix),
+            transport: Box::new(transport.with_msix(&msix)),
             vectors: Some([0, 1]),
         }
     }
