@@ -1,5 +1,6 @@
 //! A small virtual machine monitor on KVM: it boots an ELF image by PVH, and
-//! gives it virtio-mmio devices, an IDE controller and a serial port.
+//! gives it virtio devices by virtio-mmio or PCI, an IDE controller and a
+//! serial port.
 //!
 //! Put a machine together with [`Vm::new`] and the `add_…` calls, load an
 //! image ([`Vm::load`]), and [`run`](Vm::run) it. Each vCPU and each lane of a
@@ -10,6 +11,7 @@ mod bus;
 mod exits;
 #[allow(unsafe_code)]
 mod irq;
+mod msi;
 mod power;
 mod ram;
 #[allow(unsafe_code)]
@@ -29,17 +31,21 @@ use crate::emulated::serial::{self, SerialPort};
 use crate::event::EventFd;
 use crate::executor::{Executor, LaneThread, ThreadOptions, Threads};
 use crate::memory::GuestMemory;
-use crate::pci::{AttachError, ConfigPorts, PciRoot, bridge};
+use crate::pci::{
+    AttachError, ConfigPorts, MemoryPool, NoRoom, PciFunction, PciRoot, assign_memory, bridge,
+};
 use crate::sync::lock;
 use crate::virtio::device::{Device, DeviceEvents};
 use crate::virtio::queue::Fault;
-use crate::virtio::transport::MmioTransport;
+use crate::virtio::transport::{MmioTransport, PciError, PciOptions, PciTransport};
 use crate::worker::Signal;
 use bus::{Bus, Space};
 use irq::{Lines, PciLines};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use msi::{MovingDoorbells, Routes};
 use power::Power;
 use pvkit_protocol::emulated::ata;
+use pvkit_protocol::pci::{self, Bdf, header, intx_line};
 use pvkit_protocol::virtio::mmio;
 use std::io::{self, Write};
 use std::path::Path;
@@ -119,6 +125,12 @@ pub enum VmError {
     /// A PCI function cannot be attached.
     #[error("PCI: {0}")]
     Pci(#[from] AttachError),
+    /// A virtio device cannot be on PCI.
+    #[error("virtio on PCI: {0}")]
+    VirtioPci(#[from] PciError),
+    /// There is no room for a function's registers.
+    #[error("PCI: {0}")]
+    NoRoom(#[from] NoRoom),
     /// [`Vm::run`] without [`Vm::load`].
     #[error("no image was loaded")]
     NotLoaded,
@@ -218,6 +230,11 @@ pub struct Vm {
     /// Doorbells that KVM takes: kept open as long as KVM may use them.
     doorbells: Vec<Arc<EventFd>>,
     pci: Option<Arc<PciRoot>>,
+    /// Addresses for the registers of PCI functions.
+    pci_memory: MemoryPool,
+    /// The next free slot of the PCI bus.
+    pci_slot: u8,
+    routes: Arc<Routes>,
     /// Threads of devices that are not virtio's.
     executors: Vec<Threads>,
 }
@@ -245,6 +262,7 @@ impl Vm {
             (Cap::Irqchip, "an in-kernel interrupt controller"),
             (Cap::Ioeventfd, "ioeventfd"),
             (Cap::Irqfd, "irqfd"),
+            (Cap::IrqRouting, "interrupt routing"),
             (Cap::ImmediateExit, "immediate exit"),
         ] {
             if !kvm.check_extension(cap) {
@@ -270,6 +288,7 @@ impl Vm {
         let mut vm = Self {
             kvm,
             lines: Lines::new(fd.clone()),
+            routes: Arc::new(Routes::new(fd.clone())),
             fd,
             options,
             map,
@@ -283,6 +302,8 @@ impl Vm {
             threads: VmThreads::default(),
             doorbells: Vec::new(),
             pci: None,
+            pci_memory: MemoryPool::new(layout::PCI_MEMORY.start, layout::PCI_MEMORY.end),
+            pci_slot: layout::PCI_FIRST_SLOT,
             executors: Vec::new(),
         };
         for (base, count, device) in power::devices(&power) {
@@ -387,6 +408,57 @@ impl Vm {
         self.mmio
             .add(place.base, bytes, Arc::new(Mutex::new(transport)));
         self.mmio_places.push(place);
+        Ok(place)
+    }
+
+    /// Adds a virtio device as a function of the PCI bus, in the next free
+    /// slot, and does what firmware would: its registers have addresses and
+    /// decode them, and its pin's interrupt line is in configuration space.
+    ///
+    /// Neither doorbells nor interrupts by message leave the kernel; its lanes
+    /// run on threads.
+    ///
+    /// # Errors
+    /// [`VmError`] if there are too many devices, or KVM or the host refuses.
+    pub fn add_virtio_pci(
+        &mut self,
+        device: Box<dyn Device>,
+        threads: ThreadOptions,
+        options: PciOptions,
+    ) -> Result<Bdf, VmError> {
+        let root = self.pci()?;
+        if self.pci_slot >= pci::SLOTS {
+            return Err(VmError::TooMany {
+                what: "PCI devices",
+                most: usize::from(pci::SLOTS - layout::PCI_FIRST_SLOT),
+            });
+        }
+        let place = Bdf::new(self.pci_slot, 0);
+        let executor = Threads::new(&format!("pvkit-pci{}", place.slot), threads);
+        let running = executor.running();
+        let vectors = self
+            .routes
+            .vectors(PciTransport::vectors_for(&*device, options)?)?;
+        let mut function = PciTransport::new(
+            device,
+            self.memory.clone(),
+            Box::new(executor),
+            Arc::new(vectors),
+            options,
+        )?;
+        let doorbells = MovingDoorbells::new(self.fd.clone(), function.kicks());
+        let doorbells = doorbells.map_err(host("an event counter"))?;
+        function.set_doorbells(Box::new(doorbells));
+        assign_memory(&mut function, &mut self.pci_memory)?;
+        let line = intx_line(place.slot, function.config().interrupt_pin());
+        if let Some(gsi) = layout::PCI_GSIS.get(usize::from(line)) {
+            function
+                .config_mut()
+                .set(header::INTERRUPT_LINE, &[*gsi as u8]);
+        }
+        root.attach(place, Arc::new(Mutex::new(function)))?;
+        self.threads.lanes.push(running);
+        self.pci_slot += 1;
         Ok(place)
     }
 

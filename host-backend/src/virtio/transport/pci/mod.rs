@@ -9,7 +9,7 @@ use crate::event::EventFd;
 use crate::executor::Executor;
 use crate::memory::GuestMemory;
 use crate::pci::{Bar, ConfigError, ConfigSpace, FunctionId, Messages, MsixControl, PciFunction};
-use crate::virtio::device::Device;
+use crate::virtio::device::{Device, Identity};
 use pvkit_protocol::pci::{capability, class, header, msix};
 use pvkit_protocol::virtio::pci::{
     self as wire, Capability, NotifyCapability, WindowCapability, cfg_type,
@@ -130,13 +130,8 @@ impl PciTransport {
     ) -> Result<Self, PciError> {
         let identity = device.identity();
         let type_ = identity.device_id;
-        let queues = identity.lanes.iter().map(|lane| lane.end).max();
-        let queues = queues.unwrap_or(0);
-        let most = queues.saturating_add(1).min(msix::MOST);
-        let vectors = options.vectors.unwrap_or(most);
-        if vectors > msix::MOST {
-            return Err(PciError::Vectors(vectors));
-        }
+        let queues = queues_of(&identity);
+        let vectors = vectors_of(queues, options)?;
         let mut config = ConfigSpace::new(FunctionId {
             vendor: wire::VENDOR,
             device: wire::device(type_).ok_or(PciError::Type(type_))?,
@@ -187,6 +182,14 @@ impl PciTransport {
             driver_feature_select: 0,
             queue_select: 0,
         })
+    }
+
+    /// How many MSI-X vectors a function in front of `device` has.
+    ///
+    /// # Errors
+    /// [`PciError::Vectors`] if there cannot be so many.
+    pub fn vectors_for(device: &dyn Device, options: PciOptions) -> Result<u16, PciError> {
+        vectors_of(queues_of(&device.identity()), options)
     }
 
     /// The doorbells of all queues.
@@ -295,6 +298,20 @@ impl PciTransport {
             _ => {}
         }
     }
+}
+
+fn queues_of(identity: &Identity) -> u16 {
+    let ends = identity.lanes.iter().map(|lane| lane.end);
+    ends.max().unwrap_or(0)
+}
+
+fn vectors_of(queues: u16, options: PciOptions) -> Result<u16, PciError> {
+    let each = queues.saturating_add(1).min(msix::MOST);
+    let vectors = options.vectors.unwrap_or(each);
+    if vectors > msix::MOST {
+        return Err(PciError::Vectors(vectors));
+    }
+    Ok(vectors)
 }
 
 /// Adds virtio's capabilities; returns where the one of the window is.
