@@ -8,6 +8,7 @@
 //! guest cannot hang it: a [`Stopper`] ends it from any thread.
 
 mod bus;
+mod error;
 mod exits;
 #[allow(unsafe_code)]
 mod irq;
@@ -20,26 +21,26 @@ mod threads;
 mod vcpu;
 mod x86_64;
 
+pub use error::VmError;
 pub use exits::{ExitCounters, ExitCounts};
 pub use power::{Stop, Stopper};
 pub use threads::{ThreadTime, kernel_worker_time, thread_time};
 pub use x86_64::LoadError;
 
 use crate::bus::BusDevice;
-use crate::emulated::ata::{DriveOptions, Ide, IdeError, IdeWorker, legacy_ports};
+use crate::emulated::ata::{DriveOptions, Ide, IdeWorker, legacy_ports};
 use crate::emulated::serial::{self, SerialPort};
 use crate::event::EventFd;
 use crate::executor::{Executor, LaneThread, ThreadOptions, Threads};
 use crate::memory::GuestMemory;
-use crate::pci::{
-    AttachError, ConfigPorts, MemoryPool, NoRoom, PciFunction, PciRoot, assign_memory, bridge,
-};
+use crate::pci::{ConfigPorts, MemoryPool, PciFunction, PciRoot, assign_memory, bridge};
 use crate::sync::lock;
 use crate::virtio::device::{Device, DeviceEvents};
 use crate::virtio::queue::Fault;
-use crate::virtio::transport::{MmioTransport, PciError, PciOptions, PciTransport};
+use crate::virtio::transport::{MmioTransport, PciOptions, PciTransport};
 use crate::worker::Signal;
 use bus::{Bus, Space};
+use error::{call, host};
 use irq::{Lines, PciLines};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use msi::{MovingDoorbells, Routes};
@@ -51,101 +52,9 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use thiserror::Error;
 use vcpu::{Vcpu, VcpuThread};
 use vm_memory::GuestMemoryMmap;
 use x86_64::layout;
-
-/// Why a virtual machine cannot be made or run.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum VmError {
-    /// KVM is not there, or not for this user.
-    #[error("/dev/kvm: {source}{hint}")]
-    Kvm {
-        /// What the kernel says.
-        source: io::Error,
-        /// What could help.
-        hint: &'static str,
-    },
-    /// KVM lacks something that cannot be done without.
-    #[error("this KVM lacks {0}")]
-    Capability(&'static str),
-    /// A call to KVM failed.
-    #[error("KVM: {what}: {source}")]
-    Call {
-        /// What was tried.
-        what: &'static str,
-        /// What the kernel says.
-        source: io::Error,
-    },
-    /// The machine would have less memory than it needs, or more than fits.
-    #[error(
-        "{bytes} bytes of memory: give the machine between {least} and {most} bytes, \
-         in whole pages of 4096 bytes (--memory 256MiB)"
-    )]
-    MemorySize {
-        /// What was asked for.
-        bytes: u64,
-        /// The least that works.
-        least: u64,
-        /// The most that works.
-        most: u64,
-    },
-    /// The host has no memory for the guest.
-    #[error("no memory for a guest of {bytes} bytes: {reason}")]
-    Memory {
-        /// What was asked for.
-        bytes: u64,
-        /// What the host says.
-        reason: String,
-    },
-    /// There are too many devices, or too many vCPUs.
-    #[error("too many {what}: {most} are possible")]
-    TooMany {
-        /// Of what.
-        what: &'static str,
-        /// The limit.
-        most: usize,
-    },
-    /// The image cannot be started.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// The host refuses a file descriptor, a thread or the like.
-    #[error("the host refuses {what}: {source}")]
-    Host {
-        /// What was tried.
-        what: &'static str,
-        /// What the kernel says.
-        source: io::Error,
-    },
-    /// The IDE controller cannot be made.
-    #[error("IDE: {0}")]
-    Ide(#[from] IdeError),
-    /// A PCI function cannot be attached.
-    #[error("PCI: {0}")]
-    Pci(#[from] AttachError),
-    /// A virtio device cannot be on PCI.
-    #[error("virtio on PCI: {0}")]
-    VirtioPci(#[from] PciError),
-    /// There is no room for a function's registers.
-    #[error("PCI: {0}")]
-    NoRoom(#[from] NoRoom),
-    /// [`Vm::run`] without [`Vm::load`].
-    #[error("no image was loaded")]
-    NotLoaded,
-}
-
-fn call(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
-    move |error| VmError::Call {
-        what,
-        source: io::Error::from_raw_os_error(error.errno()),
-    }
-}
-
-fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
-    move |source| VmError::Host { what, source }
-}
 
 /// What a machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
