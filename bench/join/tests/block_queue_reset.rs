@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{RecordingDisk, assert_nothing_leaks, pair, pattern};
+use common::{KIND, RecordingDisk, assert_nothing_leaks, pair, pattern};
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Reason};
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_guest::virtio::init::InitError;
@@ -27,7 +27,7 @@ fn rings() -> impl Iterator<Item = DeviceOptions> {
 fn a_queue_is_reset_with_requests_everywhere() {
     for device in rings() {
         let disk = RecordingDisk::new(64);
-        let (join, steps) = Join::stepped(Arc::new(disk.clone()), device.clone(), 8 << 20);
+        let (join, steps) = Join::stepped(KIND, Arc::new(disk.clone()), device.clone(), 8 << 20);
         let transport = join.transport().with_reset_reads(10);
         let (mut block, mut queue) =
             Block::open(transport, join.space(), BlockOptions::default()).unwrap();

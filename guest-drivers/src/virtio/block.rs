@@ -37,6 +37,11 @@ pub struct BlockOptions {
     pub allow: Features,
     /// Features without which the device is refused.
     pub require: Features,
+    /// The vector of the queue's interrupts. `None` where the transport has
+    /// one line for everything, or for a queue that is polled.
+    pub queue_vector: Option<u16>,
+    /// The vector of configuration changes; it may be the queue's.
+    pub config_vector: Option<u16>,
 }
 
 impl Default for BlockOptions {
@@ -46,6 +51,8 @@ impl Default for BlockOptions {
             max_segments: 16,
             allow: Features::all(),
             require: Features::empty(),
+            queue_vector: None,
+            config_vector: None,
         }
     }
 }
@@ -142,6 +149,7 @@ impl<T: Transport> Block<T> {
             closed: false,
         };
         block.limits = block.read_limits()?;
+        block.set_vectors()?;
         let size = choose_size(0, options.queue_size, block.transport.queue_max_size(0))?;
         // A chain must not be longer than the queue (§2.7.5.3.1).
         block.limits.max_segments = block.limits.max_segments.min(size.get() - 2);
@@ -167,6 +175,15 @@ impl<T: Transport> Block<T> {
         };
         block.go(&mut queue)?;
         Ok((block, queue))
+    }
+
+    /// Gives configuration and queue their vectors, as after every reset.
+    fn set_vectors(&mut self) -> Result<(), InitError> {
+        self.transport
+            .set_config_vector(self.options.config_vector)?;
+        self.transport
+            .set_queue_vector(0, self.options.queue_vector)?;
+        Ok(())
     }
 
     /// Sets DRIVER_OK. If the device breaks then, the queue is retired, and
@@ -196,12 +213,18 @@ impl<T: Transport> Block<T> {
         &self.limits
     }
 
-    /// Says why the device interrupted, and acknowledges it. After
+    /// Says why the device interrupted, by a line or by the queue's vector, and
+    /// acknowledges it; see [`Transport::claim_events`]. After
     /// [`Events::CONFIG`], [`refresh`](Block::refresh) reads the new size;
     /// after [`Events::NEEDS_RESET`], [`recover`](Block::recover) is what
     /// helps.
     pub fn claim_events(&self) -> Events {
         self.transport.claim_events()
+    }
+
+    /// The same for an interrupt by [`BlockOptions::config_vector`].
+    pub fn claim_config_events(&self) -> Events {
+        self.transport.claim_config_events()
     }
 
     /// Reads the configuration again, for the queue too: the disk may have
@@ -263,6 +286,7 @@ impl<T: Transport> Block<T> {
                 value: u64::from(offered),
             });
         }
+        self.set_vectors()?;
         self.limits.capacity = limits.capacity;
         queue.limits = self.limits;
         queue.queue.restart(&mut self.transport);
@@ -291,10 +315,14 @@ impl<T: Transport> Block<T> {
             return Err(InitError::Missing { missing });
         }
         queue.queue.retire(Fault::NeedsReset);
-        let proof = self.transport.reset_queue(queue.queue.index())?;
+        let index = queue.queue.index();
+        let proof = self.transport.reset_queue(index)?;
         if !queue.reclaim(&proof, each) {
             return Err(InitError::ForeignQueue);
         }
+        // Some devices take the vector away with the queue.
+        let vector = self.options.queue_vector;
+        self.transport.set_queue_vector(index, vector)?;
         queue.queue.restart(&mut self.transport);
         Ok(())
     }

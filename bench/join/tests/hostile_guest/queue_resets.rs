@@ -117,8 +117,6 @@ fn a_device_reset_in_the_middle_of_a_queue_s_reset_wins() {
     scene.disk.allow(usize::MAX);
     assert!(scene.guest.reset_finishes());
     assert_eq!(scene.guest.register(mmio::QUEUE_RESET), 0);
-    // What was reset alone before is of no account now.
-    scene.guest.set_register(mmio::QUEUE_READY, 1);
     booted(&mut scene);
     assert!(scene.guest.works(1));
     assert!(scene.other.works(1));

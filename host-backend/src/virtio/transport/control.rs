@@ -292,6 +292,29 @@ impl<S: TransportSignals + 'static> Control<S> {
         !self.resetting && (was_reset || !self.status.contains(DeviceStatus::DRIVER_OK))
     }
 
+    /// Number of queues.
+    #[must_use]
+    pub fn queues(&self) -> u16 {
+        // As many as `new` made, from a `u16`.
+        self.queues.len() as u16
+    }
+
+    /// What the driver has set for a queue; 0 if it has not, or there is no
+    /// such queue.
+    #[must_use]
+    pub fn queue(&self, queue: u32, register: QueueRegister) -> u32 {
+        let Some(registers) = self.queues.get(queue as usize) else {
+            return 0;
+        };
+        let half = |address: u64, high: bool| (if high { address >> 32 } else { address }) as u32;
+        match register {
+            QueueRegister::Size => registers.size,
+            QueueRegister::Descriptors { high } => half(registers.descriptors, high),
+            QueueRegister::Driver { high } => half(registers.driver, high),
+            QueueRegister::Device { high } => half(registers.device, high),
+        }
+    }
+
     /// The driver describes a queue. Ignored once it is enabled or running.
     pub fn set_queue(&mut self, queue: u32, register: QueueRegister, value: u32) {
         if !self.may_set_up(queue) {
