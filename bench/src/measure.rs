@@ -307,7 +307,7 @@ impl Pair {
 
 /// Names of the features in use.
 fn feature_names(device: DeviceKind, features: Features) -> Vec<String> {
-    if device != DeviceKind::VirtioBlk {
+    if !device.is_virtio() {
         return Vec::new();
     }
     let block = BlockFeatures::from(features);

@@ -28,7 +28,7 @@ fn row(device: DeviceKind, access: Access, kib: u32, depth: u32, completion: Com
         looping: Loop::Closed,
         device,
         vmm: Vmm::Pvkit,
-        spin_us: (device == DeviceKind::VirtioBlk).then_some(SPIN_US),
+        spin_us: device.is_virtio().then_some(SPIN_US),
     }
 }
 
@@ -54,7 +54,7 @@ pub fn base_row() -> Row {
 fn rows(full: bool) -> Vec<Row> {
     use Access::{RandomRead, RandomWrite, SequentialRead, SequentialWrite};
     use Completion::{Interrupt, Polled};
-    use DeviceKind::{IdeDma, IdePio, VirtioBlk};
+    use DeviceKind::{IdeDma, IdePio, VirtioBlk, VirtioBlkPci};
     let mut rows = Vec::new();
     let depths: &[u32] = if full {
         &[1, 2, 4, 8, 16, 32, 64, 128]
@@ -112,6 +112,21 @@ fn rows(full: bool) -> Vec<Row> {
         }
     }
 
+    // The same ring behind the other transport: what an interrupt costs.
+    let depths: &[u32] = if full { &[1, 8, 32, 128] } else { &[1, 32] };
+    for &depth in depths {
+        for completion in [Polled, Interrupt] {
+            if !full && (depth, completion) == (1, Polled) {
+                continue;
+            }
+            let over_pci = row(VirtioBlkPci, RandomRead, 4, depth, completion);
+            rows.push(over_pci);
+            if full {
+                rows.push(without_spin(over_pci));
+            }
+        }
+    }
+
     // The same load on both: what it costs the host.
     for device in [VirtioBlk, IdeDma] {
         let depth = device.max_depth().min(32);
@@ -133,6 +148,13 @@ fn rows(full: bool) -> Vec<Row> {
         });
     }
     if full {
+        for (depth, completion) in [(1, Polled), (32, Polled), (1, Interrupt)] {
+            rows.push(Row {
+                vmm: Vmm::Qemu,
+                spin_us: None,
+                ..row(VirtioBlkPci, RandomRead, 4, depth, completion)
+            });
+        }
         for device in [IdeDma, IdePio] {
             for access in [SequentialRead, SequentialWrite] {
                 if (device, access.is_write()) == (IdePio, true) {
@@ -195,7 +217,8 @@ impl Plan {
 }
 
 /// Each paravirtual row with each emulated one that does the same work and
-/// completes the same way; and each of ours with QEMU's of the same kind.
+/// completes the same way; virtio-pci with virtio-mmio; and each of ours with
+/// QEMU's of the same kind.
 fn pairs(rows: &[Row]) -> Vec<(usize, usize)> {
     let mut pairs = Vec::new();
     for (a, one) in rows.iter().enumerate() {
@@ -203,13 +226,16 @@ fn pairs(rows: &[Row]) -> Vec<(usize, usize)> {
             let same_work = (one.access, one.block_bytes, one.completion, one.looping)
                 == (two.access, two.block_bytes, two.completion, two.looping);
             let against_emulated = one.device == DeviceKind::VirtioBlk
-                && two.device != DeviceKind::VirtioBlk
+                && !two.device.is_virtio()
                 && one.vmm == two.vmm;
+            let against_mmio = (one.device, two.device)
+                == (DeviceKind::VirtioBlkPci, DeviceKind::VirtioBlk)
+                && (one.depth, one.spin_us, one.vmm) == (two.depth, two.spin_us, two.vmm);
             let against_qemu = one.device == two.device
                 && one.depth == two.depth
                 && one.vmm == Vmm::Pvkit
                 && two.vmm == Vmm::Qemu;
-            if same_work && (against_emulated || against_qemu) {
+            if same_work && (against_emulated || against_mmio || against_qemu) {
                 pairs.push((a, b));
             }
         }
@@ -252,7 +278,7 @@ mod tests {
 
     #[test]
     fn filters_choose_and_an_open_loop_brings_its_base() {
-        let only = plan(&["--filter", "randread-4k-qd32-polled/virtio"]).unwrap();
+        let only = plan(&["--filter", "randread-4k-qd32-polled/virtio-blk/"]).unwrap();
         assert_eq!(only.rows.len(), 2, "with and without spinning");
         let open = plan(&["--filter", "-open"]).unwrap();
         assert!(open.rows.contains(&base_row()));

@@ -8,6 +8,8 @@ use std::fmt;
 pub enum DeviceKind {
     /// virtio-blk, split ring, virtio-mmio.
     VirtioBlk,
+    /// virtio-blk, split ring, virtio-pci; interrupts by MSI-X.
+    VirtioBlkPci,
     /// PIIX3 IDE by bus-master DMA.
     IdeDma,
     /// PIIX3 IDE by programmed I/O.
@@ -20,6 +22,7 @@ impl DeviceKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::VirtioBlk => "virtio-blk",
+            Self::VirtioBlkPci => "virtio-blk-pci",
             Self::IdeDma => "ide-dma",
             Self::IdePio => "ide-pio",
         }
@@ -30,6 +33,7 @@ impl DeviceKind {
     pub fn transport(self) -> &'static str {
         match self {
             Self::VirtioBlk => "virtio-mmio",
+            Self::VirtioBlkPci => "virtio-pci",
             Self::IdeDma | Self::IdePio => "pci-ide",
         }
     }
@@ -37,14 +41,20 @@ impl DeviceKind {
     /// The ring format, if there is a ring.
     #[must_use]
     pub fn ring(self) -> Option<&'static str> {
-        (self == Self::VirtioBlk).then_some("split")
+        self.is_virtio().then_some("split")
+    }
+
+    /// Whether it is paravirtual.
+    #[must_use]
+    pub fn is_virtio(self) -> bool {
+        matches!(self, Self::VirtioBlk | Self::VirtioBlkPci)
     }
 
     /// The driver's most requests in flight.
     #[must_use]
     pub fn max_depth(self) -> u32 {
         match self {
-            Self::VirtioBlk => 256,
+            Self::VirtioBlk | Self::VirtioBlkPci => 256,
             Self::IdeDma | Self::IdePio => 1,
         }
     }
@@ -54,6 +64,7 @@ impl DeviceKind {
     pub fn script_device(self) -> Device {
         match self {
             Self::VirtioBlk => Device::VirtioMmio,
+            Self::VirtioBlkPci => Device::VirtioPci,
             Self::IdeDma => Device::IdeDma,
             Self::IdePio => Device::IdePio,
         }

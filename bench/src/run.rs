@@ -164,10 +164,7 @@ fn in_machines(
 
     let file = TestFile::new(directory)?;
     let image = image::write().context("the guest image")?;
-    let settings = Settings {
-        tsc_khz,
-        duration: Duration::from_millis(cli.duration_ms),
-    };
+    let settings = Settings::new(tsc_khz, Duration::from_millis(cli.duration_ms));
     let bar = progress_bar(plan, cli.rounds);
     let mut sums = plan
         .rows

@@ -8,6 +8,7 @@ use pvkit_bench::test_file::TestFile;
 use pvkit_bench::{image, machine::Machine};
 use pvkit_host::disk::{FileDisk, FileOptions};
 use pvkit_host::vmm;
+use pvkit_protocol::virtio::Features;
 use pvkit_workload::script::{Access, Completion};
 use std::io::{Seek, SeekFrom, Write};
 use std::time::Duration;
@@ -17,10 +18,7 @@ fn skipped(why: &str) {
 }
 
 fn settings(tsc_khz: u32) -> Settings {
-    Settings {
-        tsc_khz,
-        duration: Duration::from_millis(30),
-    }
+    Settings::new(tsc_khz, Duration::from_millis(30))
 }
 
 fn tasks(rows: &[Row]) -> Vec<Task> {
@@ -36,7 +34,7 @@ fn tasks(rows: &[Row]) -> Vec<Task> {
 }
 
 fn row(device: DeviceKind, access: Access, completion: Completion) -> Row {
-    let spin_us = (device == DeviceKind::VirtioBlk).then_some(50);
+    let spin_us = device.is_virtio().then_some(50);
     let depth = device.max_depth().min(16);
     Row {
         device,
@@ -48,8 +46,9 @@ fn row(device: DeviceKind, access: Access, completion: Completion) -> Row {
     }
 }
 
-const DEVICES: [DeviceKind; 3] = [
+const DEVICES: [DeviceKind; 4] = [
     DeviceKind::VirtioBlk,
+    DeviceKind::VirtioBlkPci,
     DeviceKind::IdeDma,
     DeviceKind::IdePio,
 ];
@@ -87,6 +86,11 @@ fn every_device_works_in_our_monitor_and_ide_costs_what_it_must() {
         let host = host.expect("both marks came");
         let exits = host.exits.total() - host.exits.interrupted;
         let most = match row.device {
+            DeviceKind::VirtioBlkPci => {
+                // Neither doorbells nor interrupts leave the kernel.
+                assert_eq!(exits, 0, "{row}: {:?}", host.exits);
+                continue;
+            }
             DeviceKind::VirtioBlk => continue,
             DeviceKind::IdePio if row.access.is_write() => continue,
             // The host throttles writers now and then: who polls sees that.
@@ -153,6 +157,96 @@ fn the_same_image_works_in_qemu() {
     }
     file.verify(pvkit_workload::pattern::Round(rows.len() as u32))
         .unwrap();
+}
+
+/// Reads and writes by virtio-pci, polled and by interrupt, with `settings`.
+fn over_pci(settings: &Settings, in_qemu: Option<&pass::qemu::Qemu>) -> Vec<Measurement> {
+    let directory = tempfile::tempdir().unwrap();
+    let file = TestFile::new(directory.path()).unwrap();
+    let image = image::write().unwrap();
+    let rows = [
+        (Access::RandomRead, Completion::Polled),
+        (Access::RandomRead, Completion::Interrupt),
+        (Access::RandomWrite, Completion::Interrupt),
+        (Access::SequentialWrite, Completion::Polled),
+    ]
+    .map(|(access, completion)| row(DeviceKind::VirtioBlkPci, access, completion));
+    let tasks = tasks(&rows);
+    let measurements = match in_qemu {
+        Some(qemu) => pass::qemu::run(qemu, image.path(), file.path(), &tasks, settings, &|_| {}),
+        None => {
+            let disk = FileDisk::open(file.path(), FileOptions::default()).unwrap();
+            pass::kvm::run(image.path(), &disk, &tasks, settings, &|_| {})
+        }
+    }
+    .unwrap();
+    for Measurement { index, report, .. } in &measurements {
+        let row = rows[*index];
+        assert!(
+            report.requests.get() > 0 && report.verified_bytes.get() > 0,
+            "{row}"
+        );
+        assert_eq!(
+            report.interrupts.get() > 0,
+            row.completion == Completion::Interrupt,
+            "{row}"
+        );
+        let features = Features::from_bits_retain(report.features.get());
+        assert!(settings.allow.contains(features), "{row}: {features:?}");
+        // Reading the ISR status is what an interrupt by pin costs.
+        let reads = match settings.vectors {
+            Some(0) => report.interrupts.get(),
+            _ => 0,
+        };
+        assert_eq!(report.mmio_reads.get(), reads, "{row}");
+        assert_eq!(report.mmio_writes.get(), 0, "{row}: but doorbells");
+    }
+    let last = pvkit_workload::pattern::Round(rows.len() as u32);
+    assert!(file.verify(last).unwrap() > 0);
+    measurements
+}
+
+/// Settings with and without each ring feature and vectors.
+fn variants(tsc_khz: u32) -> [Settings; 4] {
+    let all = settings(tsc_khz);
+    let without = |features| Settings {
+        allow: Features::all() - features,
+        ..all
+    };
+    [
+        all,
+        without(Features::INDIRECT_DESC | Features::EVENT_IDX),
+        without(Features::INDIRECT_DESC),
+        Settings {
+            vectors: Some(0),
+            ..without(Features::EVENT_IDX)
+        },
+    ]
+}
+
+#[test]
+fn virtio_pci_works_in_our_monitor_with_every_ring_feature_and_by_pin() {
+    let Ok(tsc_khz) = vmm::tsc_khz() else {
+        return skipped("/dev/kvm cannot be opened");
+    };
+    for settings in variants(tsc_khz) {
+        over_pci(&settings, None);
+    }
+}
+
+#[test]
+fn the_same_image_drives_qemu_s_virtio_pci() {
+    let Ok(tsc_khz) = vmm::tsc_khz() else {
+        return skipped("/dev/kvm cannot be opened");
+    };
+    let software_kvm = Machine::look(&std::env::temp_dir(), tsc_khz).software_kvm;
+    let qemu = match pass::qemu::find(software_kvm) {
+        Ok(qemu) => qemu,
+        Err(error) => return skipped(&format!("{error:#}")),
+    };
+    for settings in variants(tsc_khz) {
+        over_pci(&settings, Some(&qemu));
+    }
 }
 
 #[test]

@@ -12,8 +12,9 @@
 //! - [`interrupt`] and [`doorbell`]: one bit of news in each direction.
 //! - [`block`]: the contract of every disk driver here, whatever the family:
 //!   submit, publish, complete, arm.
-//! - [`virtio`]: virtio-blk on the split ring over virtio-mmio.
-//! - [`pci`]: finding functions, and giving them ports.
+//! - [`virtio`]: virtio-blk on the split ring over virtio-mmio and virtio-pci.
+//! - [`pci`]: finding functions, giving them ports and memory, and interrupts
+//!   by message.
 //! - [`emulated`]: drivers of the chips that hypervisors imitate, for
 //!   comparison and for hosts that offer nothing better.
 //! - [`fault`]: what a driver reports when the device breaks the rules.

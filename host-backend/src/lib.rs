@@ -12,9 +12,9 @@
 //! - [`worker`]: the data plane of a device, driven by whoever links it; and
 //!   [`executor`], which drives workers on threads for those who want that.
 //! - [`virtio`]: the device half of the split ring, the block device, and the
-//!   virtio-mmio transport.
-//! - [`emulated`], [`pci`] and [`bus`]: an IDE controller behind a small PCI
-//!   host bridge, and a serial port.
+//!   virtio-mmio and virtio-pci transports.
+//! - [`emulated`], [`pci`] and [`bus`]: a small PCI host bridge, with MSI-X for
+//!   functions that want it; an IDE controller behind it, and a serial port.
 //! - [`vmm`] runs a virtual machine on KVM.
 //!
 //! A monitor of your own needs only [`virtio`], [`disk`] and [`memory`]: no

@@ -62,7 +62,10 @@ fn bad_disks_are_named_and_left_alone() {
         &format!("{good},id=a-name-that-is-too-long"),
         &["23 bytes", "20"],
     );
-    run(&format!("{good},bus=scsi"), &["\"scsi\"", "virtio and ide"]);
+    run(
+        &format!("{good},bus=scsi"),
+        &["\"scsi\"", "virtio-mmio, virtio-pci and ide"],
+    );
     run("", &["path is missing"]);
     let ide = format!("{good},bus=ide");
     refuses(
@@ -105,6 +108,33 @@ fn a_disk_on_ide_is_read_through_its_ports() {
             &format!("{disk},ro,{option}"),
         ]);
         assert_eq!(output.status.code(), Some(code), "{option}: {output:?}");
+    }
+}
+
+#[test]
+fn a_disk_on_virtio_pci_is_a_function_with_registers_that_decode() {
+    if !have_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let disk = path(directory.path(), "disk.img", &[0; 77 * 512]);
+    // The vendor of slot 2, and the first byte of the capacity.
+    let vendor = Code::new().out32(0xcf8, 0x8000_1000).exit_with_port(0xcfc);
+    let capacity = Code::new().exit_with(0xe000_2000);
+    for (option, code, expected) in [
+        ("virtio-pci", &vendor, 0xf4),
+        ("virtio-mmio", &vendor, 0xff),
+        ("virtio-pci", &capacity, 77),
+        ("virtio", &capacity, 0xff),
+    ] {
+        let kernel = path(directory.path(), "guest", &elf(&code.0));
+        let output = pvkit(&[
+            "--kernel",
+            &kernel,
+            "--disk",
+            &format!("{disk},ro,bus={option}"),
+        ]);
+        assert_eq!(output.status.code(), Some(expected), "{option}: {output:?}");
     }
 }
 

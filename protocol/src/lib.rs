@@ -7,11 +7,13 @@
 //! A tour:
 //!
 //! - [`virtio`]: feature bits and device status, the [`split`](virtio::split)
-//!   ring, the [`mmio`](virtio::mmio) transport's registers, and one module per
-//!   device ([`block`](virtio::block)).
+//!   ring, the registers of the [`mmio`](virtio::mmio) and
+//!   [`pci`](virtio::pci) transports, and one module per device
+//!   ([`block`](virtio::block)).
 //! - [`emulated`]: the devices of old that a virtual machine is born with, such
 //!   as the [`ata`](emulated::ata) disk interface of a PIIX3 chip.
-//! - [`pci`]: configuration mechanism 1 and the type 0 configuration header.
+//! - [`pci`]: configuration mechanism 1, the type 0 configuration header,
+//!   capabilities and MSI-X.
 //! - [`pvh`]: how a virtual machine monitor starts an ELF image.
 //!
 //! Structures that lie in shared memory derive the `zerocopy` traits and use

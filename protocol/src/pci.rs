@@ -1,4 +1,4 @@
-//! PCI configuration space and configuration mechanism 1 (PCI Local Bus
+//! PCI configuration space, configuration mechanism 1, and MSI-X (PCI Local Bus
 //! Specification 3.0, §3.2.2.3 and §6).
 
 /// Port of the 32-bit configuration address.
@@ -158,10 +158,92 @@ pub const BAR_MEMORY_64: u32 = 0b100;
 /// Bit of a memory base address register: reads have no side effects.
 pub const BAR_PREFETCHABLE: u32 = 0b1000;
 
+/// The list of capabilities (§6.7): each starts with its id and the offset of
+/// the next one.
+pub mod capability {
+    /// Offset of the id.
+    pub const ID: u8 = 0;
+    /// Offset of the offset of the next capability; 0 ends the list.
+    pub const NEXT: u8 = 1;
+    /// Bits of an offset that count: capabilities are aligned to 4 bytes.
+    pub const NEXT_MASK: u8 = 0xfc;
+    /// More capabilities than this do not fit configuration space: whoever
+    /// counts further goes in circles.
+    pub const MOST: u8 = ((super::CONFIG_BYTES - super::header::END as usize) / 4) as u8;
+
+    /// A capability of the vendor's own; its third byte is its length.
+    pub const VENDOR: u8 = 0x09;
+    /// [`msix`](super::msix).
+    pub const MSIX: u8 = 0x11;
+}
+
+/// Interrupts by message, with a table of vectors in memory (§6.8.2).
+pub mod msix {
+    /// Offset in the capability, 16 bits: [`Control`].
+    pub const CONTROL: u8 = 2;
+    /// Offset in the capability, 32 bits: place of the table.
+    pub const TABLE: u8 = 4;
+    /// Offset in the capability, 32 bits: place of the pending bits.
+    pub const PENDING: u8 = 8;
+    /// Bytes of the capability.
+    pub const BYTES: u8 = 12;
+    /// Bits of a place that name a base address register; the others are the
+    /// offset there.
+    pub const BAR_MASK: u32 = 0b111;
+    /// Most vectors.
+    pub const MOST: u16 = 2048;
+
+    bitflags::bitflags! {
+        /// Message control.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+        pub struct Control: u16 {
+            /// Number of vectors, less one.
+            const SIZE = 0x7ff;
+            /// All vectors are masked.
+            const FUNCTION_MASK = 1 << 14;
+            /// The function interrupts by message, and not by pin.
+            const ENABLE = 1 << 15;
+        }
+    }
+
+    impl Control {
+        /// Number of vectors: 1 to [`MOST`].
+        #[must_use]
+        pub const fn vectors(self) -> u16 {
+            (self.bits() & Self::SIZE.bits()) + 1
+        }
+    }
+
+    /// Bytes of an entry of the table.
+    pub const ENTRY_BYTES: usize = 16;
+    /// Offset in an entry: low 32 bits of the address; bits 1:0 are 0.
+    pub const ADDRESS_LOW: usize = 0;
+    /// Offset in an entry: high 32 bits of the address.
+    pub const ADDRESS_HIGH: usize = 4;
+    /// Offset in an entry: what is written there, 32 bits.
+    pub const DATA: usize = 8;
+    /// Offset in an entry: vector control, 32 bits.
+    pub const VECTOR_CONTROL: usize = 12;
+    /// Bit of vector control: the vector is masked, as it is after a reset.
+    pub const MASKED: u32 = 1;
+
+    /// Bytes of the pending bits of so many vectors: whole words of 64 bits.
+    #[must_use]
+    pub const fn pending_bytes(vectors: u16) -> usize {
+        (vectors as usize).div_ceil(64) * 8
+    }
+}
+
 /// Class codes (appendix D): class and subclass.
 pub mod class {
     /// IDE controller.
     pub const IDE: (u8, u8) = (0x01, 0x01);
+    /// Mass storage that has no code of its own.
+    pub const OTHER_STORAGE: (u8, u8) = (0x01, 0x80);
+    /// Ethernet controller.
+    pub const ETHERNET: (u8, u8) = (0x02, 0x00);
+    /// Anything without a code of its own.
+    pub const OTHER: (u8, u8) = (0xff, 0x00);
     /// Host bridge.
     pub const HOST_BRIDGE: (u8, u8) = (0x06, 0x00);
     /// ISA bridge.

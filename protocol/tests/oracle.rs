@@ -349,3 +349,151 @@ fn pvh_start_of_day() {
         offset_of!(hvm_memmap_table_entry, type_)
     );
 }
+
+/// The numbers that a header of the Linux user interface defines, by name; or
+/// `None`, loudly, where the header is not installed.
+fn header(name: &str) -> Option<std::collections::HashMap<String, u64>> {
+    use std::io::Write;
+    let path = format!("/usr/include/linux/{name}");
+    let Ok(text) = std::fs::read_to_string(&path) else {
+        let _ = writeln!(std::io::stderr().lock(), "skipped: {path} is not installed");
+        return None;
+    };
+    let defines = text.lines().filter_map(|line| {
+        let mut words = line.strip_prefix("#define")?.split_whitespace();
+        let (name, value) = (words.next()?, words.next()?);
+        let value = match value.strip_prefix("0x") {
+            Some(hex) => u64::from_str_radix(hex, 16),
+            None => value.parse(),
+        };
+        Some((name.to_owned(), value.ok()?))
+    });
+    Some(defines.collect())
+}
+
+#[test]
+fn virtio_pci_structures() {
+    use pvkit_protocol::virtio::pci::{
+        Capability, NO_VECTOR, NotifyCapability, WindowCapability, cfg_type, common,
+    };
+    // `virtio-bindings` has no virtio_pci.h.
+    let Some(linux) = header("virtio_pci.h") else {
+        return;
+    };
+    for (ours, theirs) in [
+        (offset_of!(Capability, id), "VIRTIO_PCI_CAP_VNDR"),
+        (offset_of!(Capability, next), "VIRTIO_PCI_CAP_NEXT"),
+        (offset_of!(Capability, len), "VIRTIO_PCI_CAP_LEN"),
+        (offset_of!(Capability, cfg_type), "VIRTIO_PCI_CAP_CFG_TYPE"),
+        (offset_of!(Capability, bar), "VIRTIO_PCI_CAP_BAR"),
+        (offset_of!(Capability, offset), "VIRTIO_PCI_CAP_OFFSET"),
+        (offset_of!(Capability, length), "VIRTIO_PCI_CAP_LENGTH"),
+        (
+            offset_of!(NotifyCapability, multiplier),
+            "VIRTIO_PCI_NOTIFY_CAP_MULT",
+        ),
+        (
+            offset_of!(WindowCapability, data),
+            "VIRTIO_PCI_NOTIFY_CAP_MULT",
+        ),
+        (common::DEVICE_FEATURE_SELECT, "VIRTIO_PCI_COMMON_DFSELECT"),
+        (common::DEVICE_FEATURE, "VIRTIO_PCI_COMMON_DF"),
+        (common::DRIVER_FEATURE_SELECT, "VIRTIO_PCI_COMMON_GFSELECT"),
+        (common::DRIVER_FEATURE, "VIRTIO_PCI_COMMON_GF"),
+        (common::CONFIG_MSIX_VECTOR, "VIRTIO_PCI_COMMON_MSIX"),
+        (common::NUM_QUEUES, "VIRTIO_PCI_COMMON_NUMQ"),
+        (common::DEVICE_STATUS, "VIRTIO_PCI_COMMON_STATUS"),
+        (common::CONFIG_GENERATION, "VIRTIO_PCI_COMMON_CFGGENERATION"),
+        (common::QUEUE_SELECT, "VIRTIO_PCI_COMMON_Q_SELECT"),
+        (common::QUEUE_SIZE, "VIRTIO_PCI_COMMON_Q_SIZE"),
+        (common::QUEUE_MSIX_VECTOR, "VIRTIO_PCI_COMMON_Q_MSIX"),
+        (common::QUEUE_ENABLE, "VIRTIO_PCI_COMMON_Q_ENABLE"),
+        (common::QUEUE_NOTIFY_OFF, "VIRTIO_PCI_COMMON_Q_NOFF"),
+        (common::QUEUE_DESC, "VIRTIO_PCI_COMMON_Q_DESCLO"),
+        (common::QUEUE_DESC + 4, "VIRTIO_PCI_COMMON_Q_DESCHI"),
+        (common::QUEUE_DRIVER, "VIRTIO_PCI_COMMON_Q_AVAILLO"),
+        (common::QUEUE_DRIVER + 4, "VIRTIO_PCI_COMMON_Q_AVAILHI"),
+        (common::QUEUE_DEVICE, "VIRTIO_PCI_COMMON_Q_USEDLO"),
+        (common::QUEUE_DEVICE + 4, "VIRTIO_PCI_COMMON_Q_USEDHI"),
+        (usize::from(NO_VECTOR), "VIRTIO_MSI_NO_VECTOR"),
+        (usize::from(cfg_type::COMMON), "VIRTIO_PCI_CAP_COMMON_CFG"),
+        (usize::from(cfg_type::NOTIFY), "VIRTIO_PCI_CAP_NOTIFY_CFG"),
+        (usize::from(cfg_type::ISR), "VIRTIO_PCI_CAP_ISR_CFG"),
+        (usize::from(cfg_type::DEVICE), "VIRTIO_PCI_CAP_DEVICE_CFG"),
+        (usize::from(cfg_type::PCI), "VIRTIO_PCI_CAP_PCI_CFG"),
+        (
+            usize::from(cfg_type::SHARED_MEMORY),
+            "VIRTIO_PCI_CAP_SHARED_MEMORY_CFG",
+        ),
+    ] {
+        assert_eq!(Some(&(ours as u64)), linux.get(theirs), "{theirs}");
+    }
+}
+
+#[test]
+fn pci_capabilities_and_msix() {
+    use pvkit_protocol::pci::{
+        BAR_IO, BAR_MEMORY_64, BAR_MEMORY_TYPE, BAR_PREFETCHABLE, Command, Status, capability,
+        header as offset, msix,
+    };
+    let Some(linux) = header("pci_regs.h") else {
+        return;
+    };
+    for (ours, theirs) in [
+        (u32::from(offset::COMMAND), "PCI_COMMAND"),
+        (u32::from(offset::STATUS), "PCI_STATUS"),
+        (u32::from(offset::BAR0), "PCI_BASE_ADDRESS_0"),
+        (u32::from(offset::bar(5)), "PCI_BASE_ADDRESS_5"),
+        (
+            u32::from(offset::SUBSYSTEM_VENDOR),
+            "PCI_SUBSYSTEM_VENDOR_ID",
+        ),
+        (u32::from(offset::SUBSYSTEM), "PCI_SUBSYSTEM_ID"),
+        (u32::from(offset::CAPABILITIES), "PCI_CAPABILITY_LIST"),
+        (u32::from(offset::END), "PCI_STD_HEADER_SIZEOF"),
+        (u32::from(Command::MEMORY.bits()), "PCI_COMMAND_MEMORY"),
+        (u32::from(Command::BUS_MASTER.bits()), "PCI_COMMAND_MASTER"),
+        (
+            u32::from(Command::INTX_DISABLE.bits()),
+            "PCI_COMMAND_INTX_DISABLE",
+        ),
+        (u32::from(Status::INTERRUPT.bits()), "PCI_STATUS_INTERRUPT"),
+        (
+            u32::from(Status::CAPABILITIES.bits()),
+            "PCI_STATUS_CAP_LIST",
+        ),
+        (BAR_IO, "PCI_BASE_ADDRESS_SPACE_IO"),
+        (BAR_MEMORY_TYPE, "PCI_BASE_ADDRESS_MEM_TYPE_MASK"),
+        (BAR_MEMORY_64, "PCI_BASE_ADDRESS_MEM_TYPE_64"),
+        (BAR_PREFETCHABLE, "PCI_BASE_ADDRESS_MEM_PREFETCH"),
+        (u32::from(capability::ID), "PCI_CAP_LIST_ID"),
+        (u32::from(capability::NEXT), "PCI_CAP_LIST_NEXT"),
+        (u32::from(capability::VENDOR), "PCI_CAP_ID_VNDR"),
+        (u32::from(capability::MSIX), "PCI_CAP_ID_MSIX"),
+        (u32::from(msix::CONTROL), "PCI_MSIX_FLAGS"),
+        (u32::from(msix::TABLE), "PCI_MSIX_TABLE"),
+        (u32::from(msix::PENDING), "PCI_MSIX_PBA"),
+        (u32::from(msix::BYTES), "PCI_CAP_MSIX_SIZEOF"),
+        (msix::BAR_MASK, "PCI_MSIX_TABLE_BIR"),
+        (
+            u32::from(msix::Control::SIZE.bits()),
+            "PCI_MSIX_FLAGS_QSIZE",
+        ),
+        (
+            u32::from(msix::Control::FUNCTION_MASK.bits()),
+            "PCI_MSIX_FLAGS_MASKALL",
+        ),
+        (
+            u32::from(msix::Control::ENABLE.bits()),
+            "PCI_MSIX_FLAGS_ENABLE",
+        ),
+        (msix::ENTRY_BYTES as u32, "PCI_MSIX_ENTRY_SIZE"),
+        (msix::ADDRESS_LOW as u32, "PCI_MSIX_ENTRY_LOWER_ADDR"),
+        (msix::ADDRESS_HIGH as u32, "PCI_MSIX_ENTRY_UPPER_ADDR"),
+        (msix::DATA as u32, "PCI_MSIX_ENTRY_DATA"),
+        (msix::VECTOR_CONTROL as u32, "PCI_MSIX_ENTRY_VECTOR_CTRL"),
+        (msix::MASKED, "PCI_MSIX_ENTRY_CTRL_MASKBIT"),
+    ] {
+        assert_eq!(Some(&u64::from(ours)), linux.get(theirs), "{theirs}");
+    }
+}

@@ -4,7 +4,6 @@ use crate::cpu::cpu_ports;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 use pvkit_guest::register::{CpuPorts, MmioRegisters, PortIo, Registers};
-use pvkit_protocol::virtio::mmio::QUEUE_NOTIFY;
 use pvkit_workload::run::Counts;
 
 /// Bytes of a string access that KVM hands to user space at once.
@@ -43,21 +42,28 @@ pub(crate) fn counts() -> Counts {
 
 /// Registers of a device.
 #[derive(Clone)]
-pub(crate) struct CountingRegisters(MmioRegisters);
+pub(crate) struct CountingRegisters {
+    registers: MmioRegisters,
+    /// A register that only rings, whose writes the driver counts.
+    doorbell: Option<usize>,
+}
 
 impl CountingRegisters {
-    /// The window of `len` bytes at `base`.
+    /// The window of `len` bytes at `base`. Writes to `doorbell` are not
+    /// counted.
     ///
     /// # Safety
     /// As for [`MmioRegisters::new`].
-    pub(crate) unsafe fn new(base: NonNull<u8>, len: usize) -> Self {
-        // SAFETY: passed on.
-        Self(unsafe { MmioRegisters::new(base, len) })
+    pub(crate) unsafe fn new(base: NonNull<u8>, len: usize, doorbell: Option<usize>) -> Self {
+        Self {
+            // SAFETY: passed on.
+            registers: unsafe { MmioRegisters::new(base, len) },
+            doorbell,
+        }
     }
 
-    fn count_write(offset: usize) {
-        // The driver counts its doorbells.
-        if offset != QUEUE_NOTIFY {
+    fn count_write(&self, offset: usize) {
+        if self.doorbell != Some(offset) {
             MMIO_WRITES.add(1);
         }
     }
@@ -66,31 +72,31 @@ impl CountingRegisters {
 // SAFETY: passes every access on, once.
 unsafe impl Registers for CountingRegisters {
     fn len(&self) -> usize {
-        self.0.len()
+        self.registers.len()
     }
     fn read_u8(&self, offset: usize) -> u8 {
         MMIO_READS.add(1);
-        self.0.read_u8(offset)
+        self.registers.read_u8(offset)
     }
     fn read_u16(&self, offset: usize) -> u16 {
         MMIO_READS.add(1);
-        self.0.read_u16(offset)
+        self.registers.read_u16(offset)
     }
     fn read_u32(&self, offset: usize) -> u32 {
         MMIO_READS.add(1);
-        self.0.read_u32(offset)
+        self.registers.read_u32(offset)
     }
     fn write_u8(&self, offset: usize, value: u8) {
-        Self::count_write(offset);
-        self.0.write_u8(offset, value);
+        self.count_write(offset);
+        self.registers.write_u8(offset, value);
     }
     fn write_u16(&self, offset: usize, value: u16) {
-        Self::count_write(offset);
-        self.0.write_u16(offset, value);
+        self.count_write(offset);
+        self.registers.write_u16(offset, value);
     }
     fn write_u32(&self, offset: usize, value: u32) {
-        Self::count_write(offset);
-        self.0.write_u32(offset, value);
+        self.count_write(offset);
+        self.registers.write_u32(offset, value);
     }
 }
 

@@ -18,6 +18,8 @@ const REDIRECTION: u32 = 0x10;
 const PINS: u32 = 24;
 /// Vector of pin 0.
 const FIRST_VECTOR: u8 = 0x40;
+/// Vector of the first interrupt by message.
+const FIRST_MESSAGE: u8 = FIRST_VECTOR + PINS as u8;
 
 /// The interrupt controllers.
 pub(crate) struct Interrupts {
@@ -55,14 +57,29 @@ impl Interrupts {
         // Destination CPU 0; fixed, active high, edge, not masked.
         write(REDIRECTION + 2 * pin + 1, 0);
         write(REDIRECTION + 2 * pin, u32::from(vector));
-        Some(Line {
-            vector,
-            seen: interrupt_count(vector).load(Ordering::Acquire),
-        })
+        Some(Line::new(vector))
+    }
+
+    /// The line number `index` (0 to 15) of those that devices interrupt by
+    /// message, and the message.
+    pub(crate) fn message(&self, index: u8) -> (Line, Message) {
+        let vector = FIRST_MESSAGE + (index & 15);
+        // To CPU 0: its number is in bits 19:12.
+        let message = Message {
+            address: LOCAL_APIC as u64,
+            data: u32::from(vector),
+        };
+        (Line::new(vector), message)
     }
 }
 
-/// One interrupt line.
+/// What a device writes where, so that a line interrupts.
+pub(crate) struct Message {
+    pub(crate) address: u64,
+    pub(crate) data: u32,
+}
+
+/// One interrupt line, or one that is interrupted by message.
 pub(crate) struct Line {
     vector: u8,
     seen: u64,
@@ -76,6 +93,13 @@ impl Interrupt for Line {
 }
 
 impl Line {
+    fn new(vector: u8) -> Self {
+        Self {
+            vector,
+            seen: interrupt_count(vector).load(Ordering::Acquire),
+        }
+    }
+
     /// Sleeps until the line has interrupted since it was last taken.
     pub(crate) fn wait(&mut self) {
         sleep_until_changed(interrupt_count(self.vector), self.seen);

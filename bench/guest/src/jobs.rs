@@ -5,19 +5,22 @@ use crate::counting::{self, CountingPorts, CountingRegisters};
 use crate::cpu::{Console, ticks};
 use crate::interrupts::{Interrupts, Line, halts};
 use crate::memory::PageBuf;
+use crate::virtio_pci;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::cell::RefCell;
 use core::fmt::Write;
 use core::ptr::NonNull;
 use pvkit_guest::dma::{DmaBufMut, LinearSpace};
 use pvkit_guest::emulated::ata::{self, Ata, AtaOptions, Mode, find_controller};
-use pvkit_guest::pci::{PciConfig, PortPool};
+use pvkit_guest::pci::{MemoryPool, PciConfig, PortPool};
 use pvkit_guest::register::PortIo;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
-use pvkit_guest::virtio::transport::MmioTransport;
+use pvkit_guest::virtio::transport::{MmioTransport, Transport};
 use pvkit_protocol::emulated::ata::PRIMARY;
 use pvkit_protocol::virtio::Features;
+use pvkit_protocol::virtio::mmio::QUEUE_NOTIFY;
 use pvkit_workload::report::{
     Header, JobReport, MAGIC, OUTCOME_FAILED, OUTCOME_OK, Sample, samples_offset,
 };
@@ -43,6 +46,8 @@ pub(crate) fn run_all(
         return;
     };
     let mut first_sample = 0;
+    // What one job has assigned stays assigned.
+    let free = RefCell::new(virtio_pci::FREE);
     let mut header = Header {
         magic: MAGIC,
         done: U32::ZERO,
@@ -56,6 +61,7 @@ pub(crate) fn run_all(
             start,
             ports: &ports,
             interrupts: &interrupts,
+            free: &free,
         };
         match guest.run_job(job, number as u32, room) {
             Ok((outcome, features)) => {
@@ -110,6 +116,8 @@ struct Guest<'a> {
     start: &'a Start,
     ports: &'a CountingPorts,
     interrupts: &'a Interrupts,
+    /// Addresses for windows that firmware left without.
+    free: &'a RefCell<MemoryPool>,
 }
 
 /// The counters and the interrupt line that belong to a job.
@@ -151,7 +159,8 @@ impl Guest<'_> {
             buffers.push(PageBuf::new(job.block_bytes.get() as usize).ok_or("no memory")?);
         }
         match device {
-            Device::VirtioMmio => self.run_virtio(job, number, buffers, samples),
+            Device::VirtioMmio => self.run_virtio_mmio(job, number, buffers, samples),
+            Device::VirtioPci => self.run_virtio_pci(job, number, buffers, samples),
             Device::IdeDma => self.run_ide(job, number, Mode::Dma, buffers, samples),
             Device::IdePio => self.run_ide(job, number, Mode::Pio, buffers, samples),
         }
@@ -162,10 +171,14 @@ impl Guest<'_> {
             .interrupts
             .line(pin)
             .ok_or_else(|| format!("no interrupt pin {pin}"))?;
-        Ok(JobMachine {
+        Ok(self.machine_with(line))
+    }
+
+    fn machine_with(&self, line: Line) -> JobMachine<'_> {
+        JobMachine {
             ports: self.ports,
             line,
-        })
+        }
     }
 
     fn run_ide(
@@ -216,11 +229,11 @@ impl Guest<'_> {
         ))
     }
 
-    fn run_virtio(
+    fn run_virtio_mmio(
         &self,
         job: &Job,
         number: u32,
-        mut buffers: Vec<PageBuf>,
+        buffers: Vec<PageBuf>,
         samples: &mut [Sample],
     ) -> Result<(Outcome, Features), String> {
         let place = mmio_places(self.start.command_line)
@@ -230,20 +243,63 @@ impl Guest<'_> {
         let base = NonNull::new(base).ok_or("a device at address 0")?;
         // SAFETY: the monitor says that the window is there; it is mapped
         // uncached, and one driver uses it at a time.
-        let registers = unsafe { CountingRegisters::new(base, place.bytes) };
+        let registers = unsafe { CountingRegisters::new(base, place.bytes, Some(QUEUE_NOTIFY)) };
         let transport = MmioTransport::new(registers).map_err(|error| error.to_string())?;
+        let machine = self.machine(place.gsi)?;
+        self.run_virtio(transport, None, machine, job, number, buffers, samples)
+    }
+
+    fn run_virtio_pci(
+        &self,
+        job: &Job,
+        number: u32,
+        buffers: Vec<PageBuf>,
+        samples: &mut [Sample],
+    ) -> Result<(Outcome, Features), String> {
+        let by_interrupt = Completion::from_code(job.completion) == Some(Completion::Interrupt);
+        let index = job.index.get() as usize;
+        let mut free = self.free.borrow_mut();
+        let found = virtio_pci::open(self.ports, self.interrupts, &mut free, index, by_interrupt)?;
+        let machine = self.machine_with(found.line);
+        let vector = found.vector;
+        let (mut outcome, features) = self.run_virtio(
+            found.transport,
+            vector,
+            machine,
+            job,
+            number,
+            buffers,
+            samples,
+        )?;
+        // Here the doorbells are among the writes.
+        let counts = &mut outcome.counts;
+        counts.mmio_writes = counts.mmio_writes.saturating_sub(counts.kicks);
+        Ok((outcome, features))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a device and a job")]
+    fn run_virtio<T: Transport>(
+        &self,
+        transport: T,
+        queue_vector: Option<u16>,
+        mut machine: JobMachine<'_>,
+        job: &Job,
+        number: u32,
+        mut buffers: Vec<PageBuf>,
+        samples: &mut [Sample],
+    ) -> Result<(Outcome, Features), String> {
         // SAFETY: memory is identity mapped, for devices too, and coherent.
         let space = unsafe { LinearSpace::new(0) };
         let options = BlockOptions {
             queue_size: job.queue_size.get(),
             allow: Features::from_bits_retain(job.allow_features.get()),
+            queue_vector,
             ..BlockOptions::default()
         };
         let (block, queue) =
             Block::open(transport, space, options).map_err(|error| error.to_string())?;
         let features = block.features();
         let mut target = Virtio { block, queue };
-        let mut machine = self.machine(place.gsi)?;
         let outcome = run(
             job,
             number,
@@ -260,15 +316,13 @@ impl Guest<'_> {
     }
 }
 
-type Transport = MmioTransport<CountingRegisters>;
-
-struct Virtio<B: DmaBufMut> {
-    block: Block<Transport>,
-    queue: QueueOf<B, LinearSpace, Transport>,
+struct Virtio<B: DmaBufMut, T: Transport> {
+    block: Block<T>,
+    queue: QueueOf<B, LinearSpace, T>,
 }
 
-impl<B: DmaBufMut> Target<B> for Virtio<B> {
-    type Queue = QueueOf<B, LinearSpace, Transport>;
+impl<B: DmaBufMut, T: Transport> Target<B> for Virtio<B, T> {
+    type Queue = QueueOf<B, LinearSpace, T>;
     fn queue(&mut self) -> &mut Self::Queue {
         &mut self.queue
     }

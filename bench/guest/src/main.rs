@@ -15,6 +15,7 @@ mod cpu;
 mod interrupts;
 mod jobs;
 mod memory;
+mod virtio_pci;
 
 use boot::StartError;
 use core::fmt::Write;

@@ -7,6 +7,8 @@
 //! - [`arena`] is the guest's memory, and how the driver shares it.
 //! - [`wire`] carries the driver's register accesses to the device, and counts
 //!   them; [`port`] does the same for ports.
+//! - [`pci`] is a machine with a virtio device on a PCI bus; [`any`] makes one
+//!   type of both transports.
 //! - [`ide`] is a machine with an IDE controller on a PCI bus.
 //! - [`mod@stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
@@ -18,40 +20,61 @@
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
+pub mod any;
+#[allow(unsafe_code)]
 pub mod arena;
 pub mod disk;
 #[allow(unsafe_code)]
 pub mod fuzz;
 pub mod hostile;
 pub mod ide;
+pub mod pci;
 #[allow(unsafe_code)]
 pub mod port;
 pub mod stepped;
 #[allow(unsafe_code)]
 pub mod wire;
 
+use any::AnyTransport;
 use arena::{Arena, ArenaSpace};
+use pci::{AnyWire, VirtioPci};
 use pvkit_guest::virtio::transport::MmioTransport as GuestTransport;
 use pvkit_host::disk::Disk;
 use pvkit_host::executor::Executor;
 use pvkit_host::virtio::block::{Block, BlockCounters, BlockOptions};
-use pvkit_host::virtio::transport::MmioTransport as HostTransport;
+use pvkit_host::virtio::transport::{MmioTransport as HostTransport, PciOptions};
 use pvkit_host::worker::SignalCounter;
 use std::sync::Arc;
 use stepped::{Steps, stepped};
 use wire::Wire;
+
+/// How driver and device find each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// By virtio-mmio.
+    Mmio,
+    /// By virtio-pci, with a vector for configuration changes and one for the
+    /// queue.
+    Pci,
+    /// By virtio-pci without MSI-X.
+    PciIntx,
+}
 
 /// A virtio block device, ready for a driver.
 #[derive(Debug)]
 pub struct Join {
     /// The guest's memory.
     pub arena: Arena,
-    /// The device's registers.
-    pub wire: Wire,
+    /// The device's registers. On PCI they are reached through
+    /// [`pci`](Join::pci), and this counts.
+    pub wire: AnyWire,
     /// What the device's queue has done.
     pub counters: Arc<BlockCounters>,
     /// Interrupts that the driver was sent.
     pub interrupts: Arc<SignalCounter>,
+    /// The machine, if the device is on PCI.
+    pub pci: Option<VirtioPci>,
+    kind: Kind,
 }
 
 impl Join {
@@ -63,6 +86,7 @@ impl Join {
     /// tests.
     #[must_use]
     pub fn new(
+        kind: Kind,
         disk: Arc<dyn Disk>,
         options: BlockOptions,
         executor: Box<dyn Executor>,
@@ -71,36 +95,73 @@ impl Join {
         let arena = Arena::new(bytes);
         let device = Block::new(disk, options).expect("block options");
         let counters = device.counters();
-        let interrupts = Arc::new(SignalCounter::default());
-        let transport = HostTransport::new(
-            Box::new(device),
-            arena.guest_memory().clone(),
-            executor,
-            interrupts.clone(),
-        )
-        .expect("event counters");
+        let device = Box::new(device);
+        let memory = arena.guest_memory().clone();
+        let options = match kind {
+            Kind::Mmio => {
+                let interrupts = Arc::new(SignalCounter::default());
+                let transport = HostTransport::new(device, memory, executor, interrupts.clone());
+                return Self {
+                    arena,
+                    wire: Wire::new(Box::new(transport.expect("event counters"))),
+                    counters,
+                    interrupts,
+                    pci: None,
+                    kind,
+                };
+            }
+            Kind::Pci => PciOptions::default(),
+            Kind::PciIntx => PciOptions::default().with_vectors(0),
+        };
+        let pci = VirtioPci::new(device, memory, executor, options);
         Self {
             arena,
-            wire: Wire::new(transport),
+            wire: pci.wire.clone(),
             counters,
-            interrupts,
+            interrupts: pci.interrupts.all.clone(),
+            pci: Some(pci),
+            kind,
         }
     }
 
     /// The same, driven by hand.
     #[must_use]
-    pub fn stepped(disk: Arc<dyn Disk>, options: BlockOptions, bytes: usize) -> (Self, Steps) {
+    pub fn stepped(
+        kind: Kind,
+        disk: Arc<dyn Disk>,
+        options: BlockOptions,
+        bytes: usize,
+    ) -> (Self, Steps) {
         let (executor, steps) = stepped();
-        (Self::new(disk, options, Box::new(executor), bytes), steps)
+        let join = Self::new(kind, disk, options, Box::new(executor), bytes);
+        (join, steps)
     }
 
-    /// The driver's view of the device.
+    /// The driver's view of the device. With [`Kind::Pci`], configuration
+    /// changes have vector 0 and queues have vector 1, unless the driver asks
+    /// for others.
     ///
     /// # Panics
     /// If the device is not what it should be.
     #[must_use]
-    pub fn transport(&self) -> GuestTransport<Wire> {
-        GuestTransport::new(self.wire.clone()).expect("a virtio-mmio device")
+    pub fn transport(&self) -> AnyTransport<AnyWire> {
+        let Some(pci) = &self.pci else {
+            let transport = GuestTransport::new(self.wire.clone());
+            return AnyTransport::Mmio(transport.expect("a virtio-mmio device"));
+        };
+        let mut free = pci.free();
+        let transport = pci.transport(&mut free);
+        if self.kind == Kind::PciIntx {
+            return AnyTransport::Pci {
+                transport: Box::new(transport),
+                vectors: None,
+            };
+        }
+        let msix = pci.msix(&mut free);
+        AnyTransport::Pci {
+            transport: Box::new(transport.with_msix(&msix)),
+            vectors: Some([0, 1]),
+        }
     }
 
     /// How the driver shares memory with the device.

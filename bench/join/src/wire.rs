@@ -7,6 +7,39 @@ use pvkit_protocol::virtio::mmio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+/// A device behind a window of registers.
+pub trait Window: BusDevice {
+    /// Size of the window.
+    fn window_bytes(&self) -> usize {
+        MmioTransport::WINDOW_BYTES as usize
+    }
+
+    /// Whether a doorbell is at this offset.
+    fn is_doorbell(&self, offset: usize) -> bool {
+        offset == mmio::QUEUE_NOTIFY
+    }
+}
+
+impl Window for MmioTransport {}
+
+impl BusDevice for Box<dyn Window> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        (**self).read(offset, data);
+    }
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        (**self).write(offset, data);
+    }
+}
+
+impl Window for Box<dyn Window> {
+    fn window_bytes(&self) -> usize {
+        (**self).window_bytes()
+    }
+    fn is_doorbell(&self, offset: usize) -> bool {
+        (**self).is_doorbell(offset)
+    }
+}
+
 /// A device's registers, as a driver sees them.
 #[derive(Debug)]
 pub struct Wire<D = MmioTransport> {
@@ -31,13 +64,23 @@ struct WireCounters {
     kicks: AtomicU64,
 }
 
-impl<D: BusDevice> Wire<D> {
+impl<D: Window> Wire<D> {
     /// A wire to `device`.
     #[must_use]
     pub fn new(device: D) -> Self {
         Self {
             device: Arc::new(Mutex::new(device)),
             counters: Arc::default(),
+        }
+    }
+
+    /// A wire to another window of the same device: what passes is counted
+    /// together.
+    #[must_use]
+    pub fn beside(&self, device: D) -> Self {
+        Self {
+            device: Arc::new(Mutex::new(device)),
+            counters: self.counters.clone(),
         }
     }
 
@@ -78,21 +121,22 @@ impl<D: BusDevice> Wire<D> {
     }
 
     fn write(&self, offset: usize, data: &[u8]) {
-        let counter = if offset == mmio::QUEUE_NOTIFY {
+        let mut device = self.device();
+        let counter = if device.is_doorbell(offset) {
             &self.counters.kicks
         } else {
             &self.counters.writes
         };
         counter.fetch_add(1, Ordering::Relaxed);
-        self.device().write(offset as u64, data);
+        device.write(offset as u64, data);
     }
 }
 
 // SAFETY: each call is one access to the device, under its lock; the lock also
 // orders it with everything before.
-unsafe impl<D: BusDevice + 'static> Registers for Wire<D> {
+unsafe impl<D: Window + 'static> Registers for Wire<D> {
     fn len(&self) -> usize {
-        MmioTransport::WINDOW_BYTES as usize
+        self.device().window_bytes()
     }
     fn read_u8(&self, offset: usize) -> u8 {
         u8::from_le_bytes(self.read(offset))

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Pair, RecordingDisk, pair, pattern};
+use common::{KIND, Pair, RecordingDisk, pair, pattern};
 use pvkit_guest::block::{BlockOp, BlockQueue};
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_host::virtio::block::BlockOptions as DeviceOptions;
@@ -131,7 +131,7 @@ fn a_device_that_polls_is_never_rung_after_the_first_time() {
 fn completions_that_come_one_by_one_interrupt_once_until_armed_again() {
     let disk = RecordingDisk::new(64);
     disk.allow(0);
-    let (join, steps) = Join::stepped(Arc::new(disk.clone()), device(true), 16 << 20);
+    let (join, steps) = Join::stepped(KIND, Arc::new(disk.clone()), device(true), 16 << 20);
     let (_block, mut queue) =
         Block::open(join.transport(), join.space(), BlockOptions::default()).unwrap();
     for tag in 0..8 {

@@ -2,14 +2,16 @@
 
 mod common;
 
-use common::{Pair, RecordingDisk, assert_nothing_leaks, open_in_space, pair, pair_on, pattern};
+use common::{
+    KIND, Pair, RecordingDisk, Transport, assert_nothing_leaks, open_in_space, pair, pair_on,
+    pattern,
+};
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Reason};
 use pvkit_guest::dma::DmaError;
 use pvkit_guest::fault::Fault;
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::queue::{QueueError, QueueStorage, Slot};
-use pvkit_guest::virtio::transport::MmioTransport;
 use pvkit_host::disk::{DiskOp, MemoryDisk};
 use pvkit_host::virtio::block::BlockOptions as DeviceOptions;
 use pvkit_join::Join;
@@ -54,7 +56,7 @@ fn the_id_is_the_device_s() {
 #[test]
 fn a_buffer_inside_guest_memory_is_not_copied() {
     let disk = MemoryDisk::from_bytes(pattern(0, 64 * 512));
-    let (join, steps) = Join::stepped(Arc::new(disk), DeviceOptions::default(), 8 << 20);
+    let (join, steps) = Join::stepped(KIND, Arc::new(disk), DeviceOptions::default(), 8 << 20);
     let (_block, mut queue) =
         Block::open(join.transport(), join.space(), BlockOptions::default()).unwrap();
     let buffer = join.arena.buffer(4096).unwrap();
@@ -77,7 +79,7 @@ fn buffers_of_many_segments_arrive_in_order() {
             indirect,
             ..DeviceOptions::default()
         };
-        let (join, steps) = Join::stepped(Arc::new(disk.clone()), device, 8 << 20);
+        let (join, steps) = Join::stepped(KIND, Arc::new(disk.clone()), device, 8 << 20);
         let space = join.space().with_segments_of(700);
         let (_block, mut queue) = open_in_space(&join, space, BlockOptions::default());
         // 8192 bytes in pieces of 700: twelve segments, none at a sector.
@@ -118,7 +120,7 @@ fn no_chain_is_longer_than_the_queue() {
             indirect,
             ..DeviceOptions::default()
         };
-        let (join, steps) = Join::stepped(Arc::new(disk), device, 8 << 20);
+        let (join, steps) = Join::stepped(KIND, Arc::new(disk), device, 8 << 20);
         let space = join.space().with_segments_of(512);
         let (block, mut queue) = open_in_space(&join, space, BlockOptions::default());
         assert_eq!(block.limits().max_segments, 2);
@@ -205,7 +207,7 @@ fn without_flush_every_write_is_durable_and_flush_is_refused() {
     for flush in [true, false] {
         let disk = RecordingDisk::new(8);
         let ops = disk.ops.clone();
-        let (join, steps) = Join::stepped(Arc::new(disk), DeviceOptions::default(), 4 << 20);
+        let (join, steps) = Join::stepped(KIND, Arc::new(disk), DeviceOptions::default(), 4 << 20);
         let mut allow = Features::all();
         allow.set(BlockFeatures::FLUSH.into(), flush);
         let options = BlockOptions {
@@ -386,13 +388,13 @@ fn sizes_that_cannot_hold_a_request_are_refused_with_one_that_can() {
             queue_size: device,
             ..DeviceOptions::default()
         };
-        let (join, _steps) = Join::stepped(Arc::new(MemoryDisk::new(8)), options, 16 << 20);
+        let (join, _steps) = Join::stepped(KIND, Arc::new(MemoryDisk::new(8)), options, 16 << 20);
         let options = BlockOptions {
             queue_size: driver,
             ..BlockOptions::default()
         };
         let result =
-            Block::<MmioTransport<_>>::open::<Vec<u8>, _>(join.transport(), join.space(), options);
+            Block::<Transport>::open::<Vec<u8>, _>(join.transport(), join.space(), options);
         result
             .map(|(_, queue)| queue.depth())
             .map_err(|error| match error {
@@ -419,7 +421,7 @@ fn sizes_that_cannot_hold_a_request_are_refused_with_one_that_can() {
 #[test]
 fn storage_can_be_handed_in() {
     let disk = MemoryDisk::from_bytes(pattern(0, 64 * 512));
-    let (join, steps) = Join::stepped(Arc::new(disk), DeviceOptions::default(), 4 << 20);
+    let (join, steps) = Join::stepped(KIND, Arc::new(disk), DeviceOptions::default(), 4 << 20);
     let options = BlockOptions {
         queue_size: 8,
         max_segments: 2,
@@ -467,7 +469,7 @@ fn storage_may_be_larger_than_the_queue() {
         queue_size: 8,
         ..DeviceOptions::default()
     };
-    let (join, steps) = Join::stepped(Arc::new(disk), device, 4 << 20);
+    let (join, steps) = Join::stepped(KIND, Arc::new(disk), device, 4 << 20);
     // More than a 16-bit number of everything.
     let slots: Vec<_> = (0..70_000).map(|_| Slot::new()).collect();
     let storage = QueueStorage::<Vec<u8>, _> {
@@ -503,7 +505,7 @@ fn features_that_are_required_and_missing_are_named() {
         event_idx: false,
         ..DeviceOptions::default()
     };
-    let (join, _steps) = Join::stepped(Arc::new(MemoryDisk::new(8)), device, 4 << 20);
+    let (join, _steps) = Join::stepped(KIND, Arc::new(MemoryDisk::new(8)), device, 4 << 20);
     let require = Features::EVENT_IDX | Features::ACCESS_PLATFORM;
     let options = BlockOptions {
         require,

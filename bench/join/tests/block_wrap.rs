@@ -7,7 +7,7 @@ use common::RecordingDisk;
 use pvkit_guest::block::{BlockOp, BlockQueue, Reason};
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_host::virtio::block::BlockOptions as DeviceOptions;
-use pvkit_join::Join;
+use pvkit_join::{Join, Kind};
 use std::sync::Arc;
 
 const REQUESTS: u64 = 70_000;
@@ -56,7 +56,7 @@ fn a_request_that_the_device_keeps_while_forty_thousand_others_pass() {
             queue_size,
             ..DeviceOptions::default()
         };
-        let (join, steps) = Join::stepped(Arc::new(disk.clone()), device, 1 << 20);
+        let (join, steps) = Join::stepped(Kind::Mmio, Arc::new(disk.clone()), device, 1 << 20);
         let (_block, mut queue) =
             Block::open(join.transport(), join.space(), BlockOptions::default()).unwrap();
         queue.submit(BlockOp::Flush, None, u64::MAX).unwrap();
@@ -89,7 +89,7 @@ fn run(device: &DeviceOptions) {
     let queue_size = device.queue_size;
     let disk = RecordingDisk::new(SECTORS);
     disk.allow(0);
-    let (join, steps) = Join::stepped(Arc::new(disk.clone()), device.clone(), 8 << 20);
+    let (join, steps) = Join::stepped(Kind::Mmio, Arc::new(disk.clone()), device.clone(), 8 << 20);
     let options = BlockOptions {
         queue_size,
         max_segments: 2,

@@ -9,6 +9,7 @@ use pvkit_host::disk::FileDisk;
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
 use pvkit_host::virtio::block::{Block, BlockOptions};
+use pvkit_host::virtio::transport::PciOptions;
 use pvkit_host::vmm::{
     ExitCounters, Stop, Vm, VmOptions, VmThreads, kernel_worker_time, thread_time,
 };
@@ -145,7 +146,8 @@ pub fn run(
     };
     let port = Arc::new(Mutex::new(port));
     vm.add_ports(MARK_PORT, 4, port.clone());
-    // The same disk twice: behind a worker that spins, and one that does not.
+    // The same disk twice on each transport: behind a worker that spins, and
+    // one that does not.
     for spin in [SPIN_US, 0] {
         let device = Block::new(Arc::new(disk.clone()), BlockOptions::default())?;
         let spin = Duration::from_micros(u64::from(spin));
@@ -154,6 +156,12 @@ pub fn run(
             ..ThreadOptions::default()
         };
         vm.add_virtio_mmio(Box::new(device), threads)?;
+        let device = Block::new(Arc::new(disk.clone()), BlockOptions::default())?;
+        let options = match settings.vectors {
+            Some(vectors) => PciOptions::default().with_vectors(vectors),
+            None => PciOptions::default(),
+        };
+        vm.add_virtio_pci(Box::new(device), threads, options)?;
     }
     vm.add_ide([Some(DriveOptions::new(Arc::new(disk.clone()))), None])?;
     vm.load(image, "", Some(&script(tasks, settings)))?;

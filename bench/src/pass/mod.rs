@@ -46,6 +46,24 @@ pub struct Settings {
     pub tsc_khz: u32,
     /// Length of a measurement.
     pub duration: Duration,
+    /// Features that the guest's drivers may use.
+    pub allow: Features,
+    /// MSI-X vectors of virtio functions; `None` for as many as the monitor
+    /// gives them.
+    pub vectors: Option<u16>,
+}
+
+impl Settings {
+    /// All features, and the monitor's own choice of vectors.
+    #[must_use]
+    pub fn new(tsc_khz: u32, duration: Duration) -> Self {
+        Self {
+            tsc_khz,
+            duration,
+            allow: Features::all(),
+            vectors: None,
+        }
+    }
 }
 
 /// What a pass brought for one row.
@@ -139,9 +157,7 @@ fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     // A fixed number of bytes, whatever the size of a request.
     job.verify.set((512 * 1024 / row.block_bytes).clamp(4, 64));
     job.seed.set(pattern::mix(u64::from(*round)));
-    // The rows say that their ring is split.
-    let rings = Features::RING_PACKED | Features::IN_ORDER;
-    job.allow_features.set((Features::all() - rings).bits());
+    job.allow_features.set(settings.allow.bits());
     job.queue_size.set(256);
     job
 }

@@ -89,7 +89,7 @@ pub fn run(
     let ram = Scratch::new(&directory).context("the guest's memory")?;
     ram.file().set_len(MEMORY_BYTES)?;
 
-    let mut child = Guard(command(qemu, image, module.path(), ram.path(), disk).spawn()?);
+    let mut child = Guard(command(qemu, image, module.path(), ram.path(), disk, settings).spawn()?);
     let stdout = child.0.stdout.take().context("no output")?;
     let stderr = child.0.stderr.take().context("no errors")?;
     let patience = patience(tasks, settings);
@@ -142,8 +142,19 @@ pub fn run(
     read_report(&memory, tasks).context(said)
 }
 
-fn command(qemu: &Qemu, image: &Path, module: &Path, ram: &Path, disk: &Path) -> Command {
+fn command(
+    qemu: &Qemu,
+    image: &Path,
+    module: &Path,
+    ram: &Path,
+    disk: &Path,
+    settings: &Settings,
+) -> Command {
     let mut command = Command::new(QEMU);
+    let mut virtio = "virtio-blk-pci,drive=disk,share-rw=on,disable-legacy=on".to_owned();
+    if let Some(vectors) = settings.vectors {
+        virtio.push_str(&format!(",vectors={vectors}"));
+    }
     let path = |path: &Path| path.display().to_string().replace(',', ",,");
     let cpu = if qemu.software_kvm {
         "host,arch-capabilities=off"
@@ -171,11 +182,16 @@ fn command(qemu: &Qemu, image: &Path, module: &Path, ram: &Path, disk: &Path) ->
         ])
         .args(["-serial", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"])
+        // One file behind two devices, of which one at a time is used.
         .args([
-            "-drive",
-            &format!("if=none,id=disk,format=raw,file={}", path(disk)),
+            "-blockdev",
+            &format!(
+                "driver=raw,node-name=disk,file.driver=file,file.filename={}",
+                path(disk)
+            ),
         ])
-        .args(["-device", "ide-hd,drive=disk,bus=ide.0"])
+        .args(["-device", "ide-hd,drive=disk,bus=ide.0,share-rw=on"])
+        .args(["-device", &virtio])
         .args(["-kernel", &image.display().to_string()])
         .args(["-initrd", &module.display().to_string()])
         .stdin(Stdio::null())

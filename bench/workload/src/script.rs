@@ -40,7 +40,8 @@ pub struct Header {
 pub struct Job {
     /// A [`Device`].
     pub device: U32,
-    /// Which virtio-mmio device, in the order of the command line.
+    /// Which virtio device of its transport: in the order of the command line,
+    /// or of slots.
     pub index: U32,
     /// An [`Access`].
     pub access: U32,
@@ -121,6 +122,9 @@ code! {
         IdeDma = 1,
         /// The first IDE drive, by programmed I/O.
         IdePio = 2,
+        /// virtio-blk on virtio-pci. Completion by interrupt is by MSI-X, or by
+        /// the function's pin if it has no vectors.
+        VirtioPci = 3,
     }
 }
 

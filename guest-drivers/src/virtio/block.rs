@@ -9,7 +9,7 @@ use super::init::{self, InitError};
 use super::queue::{
     Completed, Payload, PostError, Queue, QueueCounters, QueueShape, QueueStorage, choose_size,
 };
-use super::transport::{Events, ResetTimeout, Transport};
+use super::transport::{Events, Quiesced, ResetTimeout, Transport};
 use crate::block::{
     BlockError, BlockLimits, BlockOp, BlockQueue, Done, Reason, Refused, SECTOR_BYTES,
 };
@@ -37,6 +37,11 @@ pub struct BlockOptions {
     pub allow: Features,
     /// Features without which the device is refused.
     pub require: Features,
+    /// The vector of the queue's interrupts. `None` where the transport has
+    /// one line for everything, or for a queue that is polled.
+    pub queue_vector: Option<u16>,
+    /// The vector of configuration changes; it may be the queue's.
+    pub config_vector: Option<u16>,
 }
 
 impl Default for BlockOptions {
@@ -46,6 +51,8 @@ impl Default for BlockOptions {
             max_segments: 16,
             allow: Features::all(),
             require: Features::empty(),
+            queue_vector: None,
+            config_vector: None,
         }
     }
 }
@@ -62,6 +69,8 @@ fn supported() -> Features {
         | Features::EVENT_IDX
         | Features::RING_PACKED
         | Features::IN_ORDER
+        | Features::NOTIFICATION_DATA
+        | Features::RING_RESET
         | Features::ORDER_PLATFORM
         | block.into()
 }
@@ -140,6 +149,7 @@ impl<T: Transport> Block<T> {
             closed: false,
         };
         block.limits = block.read_limits()?;
+        block.set_vectors()?;
         let size = choose_size(0, options.queue_size, block.transport.queue_max_size(0))?;
         // A chain must not be longer than the queue (§2.7.5.3.1).
         block.limits.max_segments = block.limits.max_segments.min(size.get() - 2);
@@ -165,6 +175,15 @@ impl<T: Transport> Block<T> {
         };
         block.go(&mut queue)?;
         Ok((block, queue))
+    }
+
+    /// Gives configuration and queue their vectors, as after every reset.
+    fn set_vectors(&mut self) -> Result<(), InitError> {
+        self.transport
+            .set_config_vector(self.options.config_vector)?;
+        self.transport
+            .set_queue_vector(0, self.options.queue_vector)?;
+        Ok(())
     }
 
     /// Sets DRIVER_OK. If the device breaks then, the queue is retired, and
@@ -194,12 +213,18 @@ impl<T: Transport> Block<T> {
         &self.limits
     }
 
-    /// Says why the device interrupted, and acknowledges it. After
+    /// Says why the device interrupted, by a line or by the queue's vector, and
+    /// acknowledges it; see [`Transport::claim_events`]. After
     /// [`Events::CONFIG`], [`refresh`](Block::refresh) reads the new size;
     /// after [`Events::NEEDS_RESET`], [`recover`](Block::recover) is what
     /// helps.
     pub fn claim_events(&self) -> Events {
         self.transport.claim_events()
+    }
+
+    /// The same for an interrupt by [`BlockOptions::config_vector`].
+    pub fn claim_config_events(&self) -> Events {
+        self.transport.claim_config_events()
     }
 
     /// Reads the configuration again, for the queue too: the disk may have
@@ -237,17 +262,7 @@ impl<T: Transport> Block<T> {
         queue.queue.retire(Fault::NeedsReset);
         let allow = supported() & (self.options.allow | Features::VERSION_1);
         let proof = self.transport.reset()?;
-        let ours = queue
-            .queue
-            .reclaim(&proof, &mut |request: Request, buffer| {
-                each(Done {
-                    tag: request.tag,
-                    op: request.op,
-                    buffer,
-                    result: Err(BlockError::Reset),
-                });
-            });
-        if !ours {
+        if !queue.reclaim(&proof, each) {
             return Err(InitError::ForeignQueue);
         }
         let (features, _) = init::negotiate(
@@ -271,10 +286,45 @@ impl<T: Transport> Block<T> {
                 value: u64::from(offered),
             });
         }
+        self.set_vectors()?;
         self.limits.capacity = limits.capacity;
         queue.limits = self.limits;
         queue.queue.restart(&mut self.transport);
         self.go(queue)
+    }
+
+    /// Resets one queue and starts it again, while the rest of the device goes
+    /// on ([`RING_RESET`](Features::RING_RESET), virtio 1.3 §2.6.1). Every
+    /// outstanding request comes back through `each` with
+    /// [`BlockError::Reset`]. A device that asks to be reset itself
+    /// ([`Events::NEEDS_RESET`]) needs [`recover`](Block::recover).
+    ///
+    /// # Errors
+    /// [`InitError::Missing`] if the device does not offer this, and
+    /// [`InitError::ForeignQueue`] for the queue of another device: then
+    /// nothing happens. [`InitError::Reset`] if the reset does not finish: the
+    /// queue stays retired with its requests, and recovering can be tried.
+    pub fn reset_queue<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &mut self,
+        queue: &mut QueueOf<B, S, T>,
+        each: &mut dyn FnMut(Done<B>),
+    ) -> Result<(), InitError> {
+        self.check_own(queue)?;
+        let missing = Features::RING_RESET;
+        if !self.features.contains(missing) {
+            return Err(InitError::Missing { missing });
+        }
+        queue.queue.retire(Fault::NeedsReset);
+        let index = queue.queue.index();
+        let proof = self.transport.reset_queue(index)?;
+        if !queue.reclaim(&proof, each) {
+            return Err(InitError::ForeignQueue);
+        }
+        // Some devices take the vector away with the queue.
+        let vector = self.options.queue_vector;
+        self.transport.set_queue_vector(index, vector)?;
+        queue.queue.restart(&mut self.transport);
+        Ok(())
     }
 
     /// Stops the device for good: outstanding requests come back through
@@ -292,16 +342,7 @@ impl<T: Transport> Block<T> {
     ) -> Result<(), ResetTimeout> {
         self.closed = true;
         let proof = self.transport.reset()?;
-        queue
-            .queue
-            .reclaim(&proof, &mut |request: Request, buffer| {
-                each(Done {
-                    tag: request.tag,
-                    op: request.op,
-                    buffer,
-                    result: Err(BlockError::Reset),
-                });
-            });
+        queue.reclaim(&proof, each);
         Ok(())
     }
 
@@ -444,6 +485,19 @@ pub struct VirtioBlockQueue<B: DmaBufMut, S: DmaSpace<Addr = u64>, D> {
 }
 
 impl<B: DmaBufMut, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioBlockQueue<B, S, D> {
+    /// Hands back every outstanding request; `false` if the proof is not about
+    /// this queue.
+    fn reclaim(&mut self, proof: &Quiesced, each: &mut dyn FnMut(Done<B>)) -> bool {
+        self.queue.reclaim(proof, &mut |request: Request, buffer| {
+            each(Done {
+                tag: request.tag,
+                op: request.op,
+                buffer,
+                result: Err(BlockError::Reset),
+            });
+        })
+    }
+
     /// What the queue has done so far.
     #[must_use]
     pub fn counters(&self) -> QueueCounters {

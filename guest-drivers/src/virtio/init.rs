@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::queue::QueueError;
-use super::transport::{Quiesced, ResetTimeout, Transport};
+use super::transport::{Quiesced, ResetTimeout, Transport, VectorError};
 use pvkit_protocol::virtio::{DeviceStatus, Features};
 use thiserror::Error;
 
@@ -55,6 +55,9 @@ pub enum InitError {
     /// A queue cannot be set up.
     #[error(transparent)]
     Queue(#[from] QueueError),
+    /// It, or its transport, does not give the interrupts that were asked for.
+    #[error(transparent)]
+    Vector(#[from] VectorError),
     /// It did not become ready: the status after DRIVER_OK was this.
     #[error("the device broke while it was set up: status {0:?}")]
     NotReady(DeviceStatus),

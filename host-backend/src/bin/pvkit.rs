@@ -7,6 +7,7 @@ use pvkit_host::disk::{Disk, FileDisk, FileOptions};
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
 use pvkit_host::virtio::block::{Block, BlockOptions};
+use pvkit_host::virtio::transport::PciOptions;
 use pvkit_host::vmm::{Stop, Vm, VmOptions};
 use std::fs::File;
 use std::io::{self, Read};
@@ -47,8 +48,9 @@ struct Run {
     module: Option<PathBuf>,
     /// Disk: a raw file or block device, with options behind commas (a comma
     /// in the path is written twice). `ro`: read-only. `direct`: bypass the
-    /// page cache. `id=TEXT`: serial number, up to 20 bytes. `bus=virtio` (the
-    /// default) or `bus=ide`: what the guest sees; there can be two on IDE.
+    /// page cache. `id=TEXT`: serial number, up to 20 bytes. What
+    /// the guest sees: `bus=virtio-mmio` (the default, also called `virtio`),
+    /// `bus=virtio-pci` or `bus=ide`; there can be two on IDE.
     #[arg(long, value_name = "PATH[,ro][,direct][,id=TEXT][,bus=BUS]")]
     disk: Vec<DiskArg>,
     /// Memory, in bytes or with KiB, MiB, GiB.
@@ -105,7 +107,9 @@ struct DiskArg {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Bus {
     /// virtio-blk over virtio-mmio.
-    Virtio,
+    VirtioMmio,
+    /// virtio-blk over virtio-pci.
+    VirtioPci,
     /// A drive of the PIIX3 IDE controller.
     Ide,
 }
@@ -123,7 +127,7 @@ impl FromStr for DiskArg {
             path: PathBuf::from(path),
             file: FileOptions::default(),
             id: None,
-            bus: Bus::Virtio,
+            bus: Bus::VirtioMmio,
         };
         for option in parts {
             match option.split_once('=') {
@@ -136,10 +140,13 @@ impl FromStr for DiskArg {
                         id.len()
                     ));
                 }
-                Some(("bus", "virtio")) => disk.bus = Bus::Virtio,
+                Some(("bus", "virtio" | "virtio-mmio")) => disk.bus = Bus::VirtioMmio,
+                Some(("bus", "virtio-pci")) => disk.bus = Bus::VirtioPci,
                 Some(("bus", "ide")) => disk.bus = Bus::Ide,
                 Some(("bus", bus)) => {
-                    return Err(format!("there is no bus {bus:?}: virtio and ide are"));
+                    return Err(format!(
+                        "there is no bus {bus:?}: virtio-mmio, virtio-pci and ide are"
+                    ));
                 }
                 _ => {
                     return Err(format!(
@@ -253,12 +260,17 @@ fn start(run: &Run) -> Result<ExitCode> {
         log::info!("disk {}: {} sectors", arg.path.display(), shape.sectors);
         let disk: Arc<dyn Disk> = Arc::new(disk);
         match arg.bus {
-            Bus::Virtio => {
+            Bus::VirtioMmio | Bus::VirtioPci => {
                 let options = BlockOptions {
                     id,
                     ..BlockOptions::default()
                 };
-                vm.add_virtio_mmio(Box::new(Block::new(disk, options)?), threads)?;
+                let device = Box::new(Block::new(disk, options)?);
+                if arg.bus == Bus::VirtioPci {
+                    vm.add_virtio_pci(device, threads, PciOptions::default())?;
+                } else {
+                    vm.add_virtio_mmio(device, threads)?;
+                }
             }
             Bus::Ide => drives.push(DriveOptions {
                 serial: id,
@@ -327,9 +339,15 @@ mod tests {
         let disk = parse("/a,,b,ro,direct,id=x").unwrap();
         assert_eq!(disk.path, PathBuf::from("/a,b"));
         assert!(disk.file.read_only && disk.file.direct);
-        assert_eq!((disk.id.as_deref(), disk.bus), (Some("x"), Bus::Virtio));
-        assert_eq!(parse("a,bus=ide").unwrap().bus, Bus::Ide);
-        assert_eq!(parse("a,bus=virtio").unwrap().bus, Bus::Virtio);
+        assert_eq!((disk.id.as_deref(), disk.bus), (Some("x"), Bus::VirtioMmio));
+        for (name, bus) in [
+            ("ide", Bus::Ide),
+            ("virtio", Bus::VirtioMmio),
+            ("virtio-mmio", Bus::VirtioMmio),
+            ("virtio-pci", Bus::VirtioPci),
+        ] {
+            assert_eq!(parse(&format!("a,bus={name}")).unwrap().bus, bus);
+        }
         assert_eq!(parse("plain.img").unwrap().file, FileOptions::default());
         for (text, word) in [
             ("", "path"),

@@ -2,9 +2,10 @@
 //! Specification 3.0, §6.1 and §6.2).
 #![forbid(unsafe_code)]
 
-use super::intx::IntxPin;
+use super::intx::{Intx, IntxPin};
 use pvkit_protocol::pci::{
-    BAR_IO, BAR_IO_MASK, BAR_MEMORY_MASK, BAR_PREFETCHABLE, CONFIG_BYTES, Command, Status, header,
+    BAR_IO, BAR_IO_MASK, BAR_MEMORY_64, BAR_MEMORY_MASK, BAR_PREFETCHABLE, CONFIG_BYTES, Command,
+    Status, header,
 };
 use std::fmt;
 use thiserror::Error;
@@ -40,8 +41,44 @@ pub enum Bar {
         /// Reads have no side effects.
         prefetchable: bool,
     },
-    // A memory register of 64 bits would take two of the six registers: the
-    // mask of the second is the high half of the first one's.
+    /// Memory anywhere; at least 16 bytes. Takes the next register too, for
+    /// the high half of the address.
+    Memory64 {
+        /// Size in bytes.
+        size: u64,
+        /// Reads have no side effects.
+        prefetchable: bool,
+    },
+}
+
+impl Bar {
+    /// Number of ports, or of bytes.
+    #[must_use]
+    pub const fn size(self) -> u64 {
+        match self {
+            Self::Port { size } => size as u64,
+            Self::Memory { size, .. } => size as u64,
+            Self::Memory64 { size, .. } => size,
+        }
+    }
+
+    /// The space that it decodes.
+    #[must_use]
+    pub const fn space(self) -> Space {
+        match self {
+            Self::Port { .. } => Space::Port,
+            Self::Memory { .. } | Self::Memory64 { .. } => Space::Memory,
+        }
+    }
+}
+
+/// What a base address register is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    Free,
+    Bar(Bar),
+    /// The high half of the register before.
+    High,
 }
 
 /// The two address spaces that functions decode.
@@ -82,6 +119,9 @@ pub enum ConfigError {
         /// Its length with its header.
         bytes: usize,
     },
+    /// A function without vectors has no MSI-X.
+    #[error("there are no vectors")]
+    NoVectors,
 }
 
 /// 256 bytes of configuration space, which the guest changes only where it
@@ -90,12 +130,12 @@ pub struct ConfigSpace {
     bytes: [u8; CONFIG_BYTES],
     /// Bits that the guest can write.
     writable: [u8; CONFIG_BYTES],
-    bars: [Option<Bar>; header::BARS as usize],
+    bars: [Slot; header::BARS as usize],
     /// Where the offset of the next capability is to be stored.
     capability_link: u8,
     /// First byte that no capability takes.
     capability_end: usize,
-    pin: Option<IntxPin>,
+    intx: Intx,
 }
 
 impl fmt::Debug for ConfigSpace {
@@ -118,10 +158,10 @@ impl ConfigSpace {
         let mut config = Self {
             bytes: [0; CONFIG_BYTES],
             writable: [0; CONFIG_BYTES],
-            bars: [None; header::BARS as usize],
+            bars: [Slot::Free; header::BARS as usize],
             capability_link: header::CAPABILITIES,
             capability_end: usize::from(header::END),
-            pin: None,
+            intx: Intx::default(),
         };
         config.set(header::VENDOR, &id.vendor.to_le_bytes());
         config.set(header::DEVICE, &id.device.to_le_bytes());
@@ -147,31 +187,51 @@ impl ConfigSpace {
     }
 
     /// Adds a base address register, which decodes nothing yet.
+    /// [`Bar::Memory64`] takes the one behind `index` too.
     ///
     /// # Errors
     /// [`ConfigError`] if there is no such register or no such size.
     pub fn add_bar(&mut self, index: u8, bar: Bar) -> Result<(), ConfigError> {
-        let place = self.bars.get_mut(usize::from(index));
-        let Some(place @ None) = place else {
+        let slot = usize::from(index);
+        let high = matches!(bar, Bar::Memory64 { .. });
+        let needed = self.bars.get_mut(slot..=slot + usize::from(high));
+        let Some([first, rest @ ..]) =
+            needed.filter(|slots| slots.iter().all(|slot| *slot == Slot::Free))
+        else {
             return Err(ConfigError::BarIndex(index));
         };
         // The bits that select inside the window cannot be written, so a guest
         // that writes all ones reads the size back (§6.2.5.1).
+        let prefetch = |prefetchable| if prefetchable { BAR_PREFETCHABLE } else { 0 };
         let (fixed, mask) = match bar {
             // There are only 64 Ki ports, so the high half stays 0.
             Bar::Port { size } if size.is_power_of_two() && (4..=256).contains(&size) => {
-                (BAR_IO, BAR_IO_MASK & u32::from(!(size - 1)))
+                (BAR_IO, u64::from(BAR_IO_MASK) & u64::from(!(size - 1)))
             }
             Bar::Memory { size, prefetchable } if size.is_power_of_two() && size >= 16 => {
-                let fixed = if prefetchable { BAR_PREFETCHABLE } else { 0 };
-                (fixed, BAR_MEMORY_MASK & !(size - 1))
+                let mask = BAR_MEMORY_MASK & !(size - 1);
+                (prefetch(prefetchable), u64::from(mask))
+            }
+            Bar::Memory64 { size, prefetchable } if size.is_power_of_two() && size >= 16 => {
+                (prefetch(prefetchable) | BAR_MEMORY_64, !(size - 1))
             }
             _ => return Err(ConfigError::BarSize(bar)),
         };
-        *place = Some(bar);
+        *first = Slot::Bar(bar);
+        rest.fill(Slot::High);
         self.set(header::bar(index), &fixed.to_le_bytes());
-        self.allow(header::bar(index), &mask.to_le_bytes());
+        let mask = mask.to_le_bytes();
+        let bytes = if high { 8 } else { 4 };
+        self.allow(header::bar(index), mask.get(..bytes).unwrap_or(&mask));
         Ok(())
+    }
+
+    /// The base address registers in use, by index.
+    pub fn bars(&self) -> impl Iterator<Item = (u8, Bar)> {
+        (0..).zip(self.bars).filter_map(|(index, slot)| match slot {
+            Slot::Bar(bar) => Some((index, bar)),
+            Slot::Free | Slot::High => None,
+        })
     }
 
     /// Adds a capability with `body` behind its two bytes of header, in which
@@ -220,25 +280,26 @@ impl ConfigSpace {
 
     /// Connects the interrupt pin.
     pub(super) fn connect(&mut self, pin: IntxPin) {
-        self.pin = Some(pin);
-        self.drive_pin();
+        self.intx.connect(pin);
+    }
+
+    /// Whether the function wants to interrupt by its pin; for those who
+    /// decide that without the function.
+    #[must_use]
+    pub fn intx(&self) -> Intx {
+        self.intx.clone()
     }
 
     /// The function wants to interrupt, until it says that it no longer does.
     /// The pin follows unless the guest disabled it.
     pub fn set_interrupt(&mut self, wanted: bool) {
-        let mut status = self.status();
-        status.set(Status::INTERRUPT, wanted);
-        self.set_status(status);
-        self.drive_pin();
+        self.intx.set(wanted);
     }
 
-    fn drive_pin(&mut self) {
-        let asserted = self.status().contains(Status::INTERRUPT)
-            && !self.command().contains(Command::INTX_DISABLE);
-        if let Some(pin) = &mut self.pin {
-            pin.drive(asserted);
-        }
+    /// Follows the command register.
+    fn follow_command(&mut self) {
+        let disabled = self.command().contains(Command::INTX_DISABLE);
+        self.intx.set_disabled(disabled);
     }
 
     /// The command register.
@@ -250,7 +311,7 @@ impl ConfigSpace {
     /// Sets the command register, as firmware would.
     pub fn set_command(&mut self, command: Command) {
         self.set(header::COMMAND, &command.bits().to_le_bytes());
-        self.drive_pin();
+        self.follow_command();
     }
 
     /// The status register.
@@ -268,22 +329,23 @@ impl ConfigSpace {
     /// until somebody assigns one.
     #[must_use]
     pub fn window(&self, index: u8) -> Option<Window> {
-        let bar = (*self.bars.get(usize::from(index))?)?;
+        let Slot::Bar(bar) = *self.bars.get(usize::from(index))? else {
+            return None;
+        };
         let value = self.u32_at(header::bar(index));
-        let (space, start, len, enable) = match bar {
-            Bar::Port { size } => {
-                let start = value & BAR_IO_MASK;
-                (Space::Port, start, u64::from(size), Command::IO)
-            }
-            Bar::Memory { size, .. } => {
-                let start = value & BAR_MEMORY_MASK;
-                (Space::Memory, start, u64::from(size), Command::MEMORY)
+        let (start, enable) = match bar {
+            Bar::Port { .. } => (u64::from(value & BAR_IO_MASK), Command::IO),
+            Bar::Memory { .. } => (u64::from(value & BAR_MEMORY_MASK), Command::MEMORY),
+            Bar::Memory64 { .. } => {
+                let high = self.u32_at(header::bar(index + 1));
+                let low = u64::from(value & BAR_MEMORY_MASK);
+                (u64::from(high) << 32 | low, Command::MEMORY)
             }
         };
         (start != 0 && self.command().contains(enable)).then_some(Window {
-            space,
-            start: u64::from(start),
-            len,
+            space: bar.space(),
+            start,
+            len: bar.size(),
         })
     }
 
@@ -291,8 +353,12 @@ impl ConfigSpace {
     pub fn read(&self, offset: u8, data: &mut [u8]) {
         let bytes = self.bytes.get(usize::from(offset)..).unwrap_or(&[]);
         data.fill(0xff);
-        for (to, from) in data.iter_mut().zip(bytes) {
+        for ((to, from), at) in data.iter_mut().zip(bytes).zip(usize::from(offset)..) {
             *to = *from;
+            // The only bit that changes by itself.
+            if at == usize::from(header::STATUS) && self.intx.is_wanted() {
+                *to |= Status::INTERRUPT.bits() as u8;
+            }
         }
     }
 
@@ -303,7 +369,7 @@ impl ConfigSpace {
         for ((byte, mask), new) in bytes.zip(data) {
             *byte = *byte & !mask | new & mask;
         }
-        self.drive_pin();
+        self.follow_command();
     }
 
     /// The byte at `offset`.

@@ -82,3 +82,52 @@ impl Drop for IntxPin {
         self.drive(false);
     }
 }
+
+/// Whether a function wants to interrupt by its pin, shared with whoever
+/// decides that: a worker's thread, say, that must not wait for the function.
+#[derive(Debug, Clone, Default)]
+pub struct Intx(Arc<Mutex<IntxState>>);
+
+#[derive(Debug, Default)]
+struct IntxState {
+    wanted: bool,
+    disabled: bool,
+    pin: Option<IntxPin>,
+}
+
+impl IntxState {
+    fn drive(&mut self) {
+        let asserted = self.wanted && !self.disabled;
+        if let Some(pin) = &mut self.pin {
+            pin.drive(asserted);
+        }
+    }
+}
+
+impl Intx {
+    /// The function wants to interrupt, until it says that it no longer does.
+    /// The pin follows unless the guest disabled it.
+    pub fn set(&self, wanted: bool) {
+        let mut state = lock(&self.0);
+        state.wanted = wanted;
+        state.drive();
+    }
+
+    /// Whether the function wants to interrupt.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        lock(&self.0).wanted
+    }
+
+    pub(super) fn set_disabled(&self, disabled: bool) {
+        let mut state = lock(&self.0);
+        state.disabled = disabled;
+        state.drive();
+    }
+
+    pub(super) fn connect(&self, pin: IntxPin) {
+        let mut state = lock(&self.0);
+        state.pin = Some(pin);
+        state.drive();
+    }
+}

@@ -2,7 +2,8 @@
 //!
 //! A function implements [`PciFunction`] around a [`ConfigSpace`], which knows
 //! the type 0 header: write masks, base address registers, the command
-//! register and the interrupt pin. [`PciRoot`] is bus 0: it owns configuration
+//! register, capabilities and the interrupt pin. [`Msix`] is what a function
+//! needs to interrupt by message. [`PciRoot`] is bus 0: it owns configuration
 //! mechanism 1 ([`ConfigPorts`]), and finds the function that a port or an
 //! address belongs to, wherever the guest has moved it.
 //! [`bridge`] has the two functions that every machine of this kind has.
@@ -32,11 +33,15 @@
 
 pub mod bridge;
 mod config;
+mod firmware;
 mod intx;
+mod msix;
 mod root;
 
 pub use config::{Bar, ConfigError, ConfigSpace, FunctionId, Space, Window};
-pub use intx::{IntxLines, IntxPin};
+pub use firmware::{MemoryPool, NoRoom, assign_memory};
+pub use intx::{Intx, IntxLines, IntxPin};
+pub use msix::{Message, Messages, Msix, MsixControl};
 pub use root::{AttachError, ConfigPorts, PciRoot};
 
 use std::fmt;

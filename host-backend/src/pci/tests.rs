@@ -424,3 +424,83 @@ fn registers_that_cannot_be_are_refused() {
     config.add_bar(3, memory(1 << 31)).unwrap();
     config.add_bar(4, memory(16)).unwrap();
 }
+
+#[test]
+fn a_register_of_64_bits_takes_two_and_decodes_above_4_gib() {
+    let mut machine = machine();
+    let mut config = ConfigSpace::new(FunctionId {
+        vendor: 0x1234,
+        device: 0x5678,
+        revision: 0,
+        class: (0xff, 0),
+        prog_if: 0,
+    });
+    let wide = |size| Bar::Memory64 {
+        size,
+        prefetchable: true,
+    };
+    for (index, bar, error) in [
+        (5, wide(16), ConfigError::BarIndex(5)),
+        (6, wide(16), ConfigError::BarIndex(6)),
+        (255, wide(16), ConfigError::BarIndex(255)),
+        (0, wide(8), ConfigError::BarSize(wide(8))),
+        (0, wide(48), ConfigError::BarSize(wide(48))),
+        (0, wide(0), ConfigError::BarSize(wide(0))),
+    ] {
+        assert_eq!(config.add_bar(index, bar), Err(error));
+    }
+    config.add_bar(0, wide(1 << 33)).unwrap();
+    config.add_bar(4, wide(1 << 14)).unwrap();
+    for taken in [0, 1, 4, 5] {
+        let error = config.add_bar(taken, Bar::Port { size: 4 });
+        assert_eq!(error, Err(ConfigError::BarIndex(taken)));
+    }
+    let bars: Vec<_> = config.bars().collect();
+    assert_eq!(bars, [(0, wide(1 << 33)), (4, wide(1 << 14))]);
+
+    let probe = Arc::new(Mutex::new(Probe {
+        config,
+        tag: 0x40,
+        written: Vec::new(),
+    }));
+    let place = Bdf::new(9, 0);
+    machine.root.attach(place, probe).unwrap();
+    for (bar, low, high) in [(0, 0xc, !1), (4, 0xffff_c00c, !0u32)] {
+        machine.move_to(place, bar, !0);
+        machine.move_to(place, bar + 1, !0);
+        assert_eq!(machine.u32(place, header::bar(bar)), low);
+        assert_eq!(machine.u32(place, header::bar(bar + 1)), high);
+        machine.move_to(place, bar, 0);
+        machine.move_to(place, bar + 1, 0);
+    }
+    machine.command(place, Command::MEMORY);
+    machine.move_to(place, 4, 0x8000);
+    machine.move_to(place, 5, 0x12);
+    assert!(machine.mmio(0x12_0000_8000).is_some());
+    assert!(machine.mmio(0x12_0000_bfff).is_some());
+    assert!(machine.mmio(0x12_0000_c000).is_none());
+    assert!(machine.mmio(0x8000).is_none());
+    // The last window of the address space.
+    machine.move_to(place, 4, !0);
+    machine.move_to(place, 5, !0);
+    assert!(machine.mmio(u64::MAX).is_some());
+    assert!(machine.mmio(u64::MAX - 0x4000).is_none());
+}
+
+#[test]
+fn firmware_assigns_memory_in_order_and_says_when_there_is_none() {
+    use crate::pci::{MemoryPool, NoRoom, assign_memory};
+    let probe = Probe::new(1);
+    let mut probe = lock(&probe);
+    let mut pool = MemoryPool::new(0xe000_0010, 0xe000_3000);
+    for start in [0xe000_1000, 0xe000_2000] {
+        assign_memory(&mut *probe, &mut pool).unwrap();
+        let window = probe.config.window(2).unwrap();
+        assert_eq!((window.start, window.len), (start, 0x1000));
+        assert_eq!(probe.config.window(0), None, "ports are left alone");
+    }
+    let error = assign_memory(&mut *probe, &mut pool);
+    assert_eq!(error, Err(NoRoom { bytes: 0x1000 }));
+    let mut pool = MemoryPool::new(u64::MAX - 5, u64::MAX);
+    assert!(assign_memory(&mut *probe, &mut pool).is_err());
+}

@@ -32,6 +32,10 @@ pub struct BlockOptions {
     /// that takes long delays all that came after it. Some drivers are faster
     /// for it.
     pub in_order: bool,
+    /// Offer doorbells that say where the queue stands. This device takes no
+    /// advantage of it, and a monitor may have to leave the fast path of
+    /// doorbells on virtio-mmio.
+    pub notification_data: bool,
     /// Most segments of a request.
     pub seg_max: u16,
     /// What GET_ID returns; cut after 20 bytes.
@@ -46,6 +50,7 @@ impl Default for BlockOptions {
             event_idx: true,
             packed: true,
             in_order: false,
+            notification_data: false,
             seg_max: 126,
             id: "pvkit".to_owned(),
         }
@@ -120,6 +125,8 @@ impl Block {
         features.set(Features::EVENT_IDX, options.event_idx);
         features.set(Features::RING_PACKED, options.packed);
         features.set(Features::IN_ORDER, options.in_order);
+        features.set(Features::NOTIFICATION_DATA, options.notification_data);
+        features.insert(Features::RING_RESET);
         let mut config = BlockConfig::new_zeroed();
         config.capacity.set(shape.sectors);
         config.seg_max.set(u32::from(options.seg_max));

@@ -1,5 +1,6 @@
 //! A small virtual machine monitor on KVM: it boots an ELF image by PVH, and
-//! gives it virtio-mmio devices, an IDE controller and a serial port.
+//! gives it virtio devices by virtio-mmio or PCI, an IDE controller and a
+//! serial port.
 //!
 //! Put a machine together with [`Vm::new`] and the `add_…` calls, load an
 //! image ([`Vm::load`]), and [`run`](Vm::run) it. Each vCPU and each lane of a
@@ -7,9 +8,11 @@
 //! guest cannot hang it: a [`Stopper`] ends it from any thread.
 
 mod bus;
+mod error;
 mod exits;
 #[allow(unsafe_code)]
 mod irq;
+mod msi;
 mod power;
 mod ram;
 #[allow(unsafe_code)]
@@ -18,122 +21,40 @@ mod threads;
 mod vcpu;
 mod x86_64;
 
+pub use error::VmError;
 pub use exits::{ExitCounters, ExitCounts};
 pub use power::{Stop, Stopper};
 pub use threads::{ThreadTime, kernel_worker_time, thread_time};
 pub use x86_64::LoadError;
 
 use crate::bus::BusDevice;
-use crate::emulated::ata::{DriveOptions, Ide, IdeError, IdeWorker, legacy_ports};
+use crate::emulated::ata::{DriveOptions, Ide, IdeWorker, legacy_ports};
 use crate::emulated::serial::{self, SerialPort};
 use crate::event::EventFd;
 use crate::executor::{Executor, LaneThread, ThreadOptions, Threads};
 use crate::memory::GuestMemory;
-use crate::pci::{AttachError, ConfigPorts, PciRoot, bridge};
+use crate::pci::{ConfigPorts, MemoryPool, PciFunction, PciRoot, assign_memory, bridge};
 use crate::sync::lock;
 use crate::virtio::device::{Device, DeviceEvents};
 use crate::virtio::queue::Fault;
-use crate::virtio::transport::MmioTransport;
+use crate::virtio::transport::{MmioTransport, PciOptions, PciTransport};
 use crate::worker::Signal;
 use bus::{Bus, Space};
+use error::{call, host};
 use irq::{Lines, PciLines};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use msi::{MovingDoorbells, Routes};
 use power::Power;
 use pvkit_protocol::emulated::ata;
+use pvkit_protocol::pci::{self, Bdf, header, intx_line};
 use pvkit_protocol::virtio::mmio;
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use thiserror::Error;
 use vcpu::{Vcpu, VcpuThread};
 use vm_memory::GuestMemoryMmap;
 use x86_64::layout;
-
-/// Why a virtual machine cannot be made or run.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum VmError {
-    /// KVM is not there, or not for this user.
-    #[error("/dev/kvm: {source}{hint}")]
-    Kvm {
-        /// What the kernel says.
-        source: io::Error,
-        /// What could help.
-        hint: &'static str,
-    },
-    /// KVM lacks something that cannot be done without.
-    #[error("this KVM lacks {0}")]
-    Capability(&'static str),
-    /// A call to KVM failed.
-    #[error("KVM: {what}: {source}")]
-    Call {
-        /// What was tried.
-        what: &'static str,
-        /// What the kernel says.
-        source: io::Error,
-    },
-    /// The machine would have less memory than it needs, or more than fits.
-    #[error(
-        "{bytes} bytes of memory: give the machine between {least} and {most} bytes, \
-         in whole pages of 4096 bytes (--memory 256MiB)"
-    )]
-    MemorySize {
-        /// What was asked for.
-        bytes: u64,
-        /// The least that works.
-        least: u64,
-        /// The most that works.
-        most: u64,
-    },
-    /// The host has no memory for the guest.
-    #[error("no memory for a guest of {bytes} bytes: {reason}")]
-    Memory {
-        /// What was asked for.
-        bytes: u64,
-        /// What the host says.
-        reason: String,
-    },
-    /// There are too many devices, or too many vCPUs.
-    #[error("too many {what}: {most} are possible")]
-    TooMany {
-        /// Of what.
-        what: &'static str,
-        /// The limit.
-        most: usize,
-    },
-    /// The image cannot be started.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// The host refuses a file descriptor, a thread or the like.
-    #[error("the host refuses {what}: {source}")]
-    Host {
-        /// What was tried.
-        what: &'static str,
-        /// What the kernel says.
-        source: io::Error,
-    },
-    /// The IDE controller cannot be made.
-    #[error("IDE: {0}")]
-    Ide(#[from] IdeError),
-    /// A PCI function cannot be attached.
-    #[error("PCI: {0}")]
-    Pci(#[from] AttachError),
-    /// [`Vm::run`] without [`Vm::load`].
-    #[error("no image was loaded")]
-    NotLoaded,
-}
-
-fn call(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
-    move |error| VmError::Call {
-        what,
-        source: io::Error::from_raw_os_error(error.errno()),
-    }
-}
-
-fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
-    move |source| VmError::Host { what, source }
-}
 
 /// What a machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -218,6 +139,11 @@ pub struct Vm {
     /// Doorbells that KVM takes: kept open as long as KVM may use them.
     doorbells: Vec<Arc<EventFd>>,
     pci: Option<Arc<PciRoot>>,
+    /// Addresses for the registers of PCI functions.
+    pci_memory: MemoryPool,
+    /// The next free slot of the PCI bus.
+    pci_slot: u8,
+    routes: Arc<Routes>,
     /// Threads of devices that are not virtio's.
     executors: Vec<Threads>,
 }
@@ -245,6 +171,7 @@ impl Vm {
             (Cap::Irqchip, "an in-kernel interrupt controller"),
             (Cap::Ioeventfd, "ioeventfd"),
             (Cap::Irqfd, "irqfd"),
+            (Cap::IrqRouting, "interrupt routing"),
             (Cap::ImmediateExit, "immediate exit"),
         ] {
             if !kvm.check_extension(cap) {
@@ -270,6 +197,7 @@ impl Vm {
         let mut vm = Self {
             kvm,
             lines: Lines::new(fd.clone()),
+            routes: Arc::new(Routes::new(fd.clone())),
             fd,
             options,
             map,
@@ -283,6 +211,8 @@ impl Vm {
             threads: VmThreads::default(),
             doorbells: Vec::new(),
             pci: None,
+            pci_memory: MemoryPool::new(layout::PCI_MEMORY.start, layout::PCI_MEMORY.end),
+            pci_slot: layout::PCI_FIRST_SLOT,
             executors: Vec::new(),
         };
         for (base, count, device) in power::devices(&power) {
@@ -388,6 +318,57 @@ impl Vm {
         self.mmio
             .add(place.base, bytes, Arc::new(Mutex::new(transport)));
         self.mmio_places.push(place);
+        Ok(place)
+    }
+
+    /// Adds a virtio device as a function of the PCI bus, in the next free
+    /// slot, and does what firmware would: its registers have addresses and
+    /// decode them, and its pin's interrupt line is in configuration space.
+    ///
+    /// Neither doorbells nor interrupts by message leave the kernel; its lanes
+    /// run on threads.
+    ///
+    /// # Errors
+    /// [`VmError`] if there are too many devices, or KVM or the host refuses.
+    pub fn add_virtio_pci(
+        &mut self,
+        device: Box<dyn Device>,
+        threads: ThreadOptions,
+        options: PciOptions,
+    ) -> Result<Bdf, VmError> {
+        let root = self.pci()?;
+        if self.pci_slot >= pci::SLOTS {
+            return Err(VmError::TooMany {
+                what: "PCI devices",
+                most: usize::from(pci::SLOTS - layout::PCI_FIRST_SLOT),
+            });
+        }
+        let place = Bdf::new(self.pci_slot, 0);
+        let executor = Threads::new(&format!("pvkit-pci{}", place.slot), threads);
+        let running = executor.running();
+        let vectors = self
+            .routes
+            .vectors(PciTransport::vectors_for(&*device, options)?)?;
+        let mut function = PciTransport::new(
+            device,
+            self.memory.clone(),
+            Box::new(executor),
+            Arc::new(vectors),
+            options,
+        )?;
+        let doorbells = MovingDoorbells::new(self.fd.clone(), function.kicks());
+        let doorbells = doorbells.map_err(host("an event counter"))?;
+        function.set_doorbells(Box::new(doorbells));
+        assign_memory(&mut function, &mut self.pci_memory)?;
+        let line = intx_line(place.slot, function.config().interrupt_pin());
+        if let Some(gsi) = layout::PCI_GSIS.get(usize::from(line)) {
+            function
+                .config_mut()
+                .set(header::INTERRUPT_LINE, &[*gsi as u8]);
+        }
+        root.attach(place, Arc::new(Mutex::new(function)))?;
+        self.threads.lanes.push(running);
+        self.pci_slot += 1;
         Ok(place)
     }
 

@@ -166,6 +166,32 @@ impl Code {
         self.load(address).bytes(&[0xe6, 0xf4]).forever()
     }
 
+    /// Writes the byte that a port reads as to the debug exit port.
+    pub fn exit_with_port(self, port: u16) -> Self {
+        // mov dx, port; in al, dx
+        self.bytes(&[0x66, 0xba])
+            .bytes(&port.to_le_bytes())
+            .bytes(&[0xec, 0xe6, 0xf4])
+            .forever()
+    }
+
+    /// `mov edi, address; l: cmp dword [edi], value; jne l`
+    pub fn wait_for(self, address: u32, value: u32) -> Self {
+        self.bytes(&[0xbf])
+            .bytes(&address.to_le_bytes())
+            .bytes(&[0x81, 0x3f])
+            .bytes(&value.to_le_bytes())
+            .bytes(&[0x75, 0xf8])
+    }
+
+    /// Reads a port until one of the bits of `mask` is set.
+    pub fn wait_for_port(self, port: u16, mask: u8) -> Self {
+        // mov dx, port; l: in al, dx; test al, mask; jz l
+        self.bytes(&[0x66, 0xba])
+            .bytes(&port.to_le_bytes())
+            .bytes(&[0xec, 0xa8, mask, 0x74, 0xfb])
+    }
+
     /// Ends the machine.
     pub fn exit(self, code: u8) -> Self {
         self.bytes(&[0xb0, code, 0xe6, 0xf4]).forever()

@@ -5,6 +5,7 @@ pub mod block;
 pub mod feature;
 pub mod mmio;
 pub mod packed;
+pub mod pci;
 pub mod split;
 pub mod status;
 

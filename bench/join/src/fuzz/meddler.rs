@@ -2,6 +2,7 @@
 //! lies.
 #![forbid(unsafe_code)]
 
+use crate::wire::Window;
 use pvkit_host::bus::BusDevice;
 use pvkit_host::virtio::transport::MmioTransport;
 use pvkit_protocol::virtio::mmio;
@@ -54,6 +55,8 @@ impl Meddler {
         self.lies.clear();
     }
 }
+
+impl Window for Meddler {}
 
 impl BusDevice for Meddler {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

@@ -13,12 +13,17 @@
 //! - once the meddling ends, recovering hands back every request, and the
 //!   device works again;
 //! - in the end all guest memory is free, or was counted as leaked.
+//!
+//! [`pci_config`] is another target: how driver and device find each other on
+//! PCI, from both sides.
 
 mod action;
 mod buffer;
 mod meddler;
+mod pci;
 
 pub use action::{Action, Area, Setup};
+pub use pci::pci_config;
 
 use crate::arena::{Arena, ArenaSpace, BASE};
 use crate::disk::{Order, RecordingDisk, pattern};

@@ -8,7 +8,7 @@
 
 use crate::arena::Arena;
 use crate::disk::pattern;
-use crate::wire::Wire;
+use crate::wire::{Window, Wire};
 use pvkit_guest::virtio::transport::MmioTransport;
 use pvkit_host::bus::BusDevice;
 use pvkit_host::memory::Snapshot;
@@ -414,6 +414,8 @@ impl Device {
         self.next_used = 0;
     }
 }
+
+impl Window for Device {}
 
 impl BusDevice for Device {
     fn read(&mut self, offset: u64, data: &mut [u8]) {

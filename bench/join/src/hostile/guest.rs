@@ -5,8 +5,10 @@
 //! deviate. Every wait is bounded: a device that hangs fails the test.
 #![forbid(unsafe_code)]
 
+mod front;
 mod machine;
 
+pub use front::Front;
 pub use machine::{
     HIGH, HOLE, LOW, Layout, Machine, TOP, indirect, linked, readable, then, writable,
 };
@@ -42,8 +44,9 @@ pub struct Served {
 pub struct Guest {
     /// All guest memory, for reading and writing by guest address.
     pub ram: Arc<Snapshot>,
-    /// The device's registers.
-    pub wire: Wire,
+    /// The device's registers, which look like virtio-mmio's whatever the
+    /// transport.
+    pub wire: Wire<Box<dyn Front>>,
     /// The queue that it plays with.
     pub queue: u32,
     /// Where the guest keeps what.
@@ -147,11 +150,12 @@ impl Guest {
         Features::empty().with_window(0, low).with_window(1, high)
     }
 
-    /// What the device offers but what changes the ring: this guest's own
+    /// What the device offers but what changes or resets the ring: this guest's own
     /// helpers lay out split rings.
     #[must_use]
     pub fn split_ring_features(&mut self) -> Features {
-        self.offered_features() - (Features::RING_PACKED | Features::IN_ORDER)
+        let others = Features::RING_PACKED | Features::IN_ORDER | Features::RING_RESET;
+        self.offered_features() - others
     }
 
     /// Accepts features, up to FEATURES_OK; whether the device agrees.

@@ -2,14 +2,17 @@
 //!
 //! - [`guest`] is a guest without a driver: it writes rings, tables and
 //!   registers of the shipped device by hand, rightly or not.
+//! - [`function`] is a PCI function that lies about itself.
 //! - [`device`] is a device that lies: the shipped driver believes that it
 //!   drives a disk.
 //!
 //! Both behave well until a script tells them otherwise, so that each test
 //! reads like the one thing it does wrong.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod device;
+#[allow(unsafe_code)]
+pub mod function;
 pub mod guest;
 
 /// Numbers that look random and are the same in every run (xorshift64).

@@ -8,18 +8,25 @@
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Done};
 use pvkit_guest::dma::DmaSpace;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
-use pvkit_guest::virtio::transport::MmioTransport;
 use pvkit_host::disk::MemoryDisk;
 use pvkit_host::virtio::block::BlockOptions as DeviceOptions;
-use pvkit_join::Join;
+use pvkit_join::any::AnyTransport;
 use pvkit_join::arena::ArenaSpace;
+use pvkit_join::pci::AnyWire;
 use pvkit_join::stepped::Steps;
-use pvkit_join::wire::Wire;
+use pvkit_join::{Join, Kind};
 use std::sync::Arc;
 
 pub use pvkit_join::disk::{RecordingDisk, pattern};
 
-pub type Transport = MmioTransport<Wire>;
+/// The transport of this test program: the one whose name ends in `_pci` is
+/// the same over virtio-pci.
+pub const KIND: Kind = match env!("CARGO_CRATE_NAME").as_bytes() {
+    [.., b'_', b'p', b'c', b'i'] => Kind::Pci,
+    _ => Kind::Mmio,
+};
+
+pub type Transport = AnyTransport<AnyWire>;
 pub type Queue = QueueOf<Vec<u8>, ArenaSpace, Transport>;
 
 /// A driver and a device that is stepped by hand.
@@ -40,7 +47,7 @@ pub fn pair(sectors: u64, device: DeviceOptions, driver: BlockOptions) -> Pair {
 }
 
 pub fn pair_on(disk: MemoryDisk, device: DeviceOptions, driver: BlockOptions) -> Pair {
-    let (join, steps) = Join::stepped(Arc::new(disk.clone()), device, 32 << 20);
+    let (join, steps) = Join::stepped(KIND, Arc::new(disk.clone()), device, 32 << 20);
     let (block, queue) = Block::open(join.transport(), join.space(), driver).unwrap();
     Pair {
         block,

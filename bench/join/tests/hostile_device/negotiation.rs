@@ -110,7 +110,8 @@ fn features_that_are_missing_or_do_not_stick() {
     assert_eq!(block.features(), accepted);
     for bad in [
         Features::ACCESS_PLATFORM,
-        Features::NOTIFICATION_DATA,
+        Features::SR_IOV,
+        Features::ADMIN_VQ,
         Features::from_bits_retain(1 << 63),
     ] {
         assert!(!accepted.intersects(bad), "{bad:?}");

@@ -76,7 +76,7 @@ fn features_that_change_between_lives() {
     // A feature that the driver does not use may come and go.
     let mut scene = Scene::new(true);
     scene.post();
-    scene.device().features.insert(Features::RING_RESET);
+    scene.device().features.insert(Features::SR_IOV);
     scene.assert_recovers("unused", &[0, 1, 2, 3]);
 }
 

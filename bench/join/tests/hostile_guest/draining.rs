@@ -67,7 +67,7 @@ impl DiskLane for TellingLane {
 
 /// A guest that meddles whenever one of its requests reaches the disk.
 fn guest(hook: impl FnMut(u64, &Snapshot) + Send + 'static) -> Guest {
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let disk = Telling {
         disk: MemoryDisk::from_bytes(pattern(0, SECTORS as usize * 512)),
         ram: machine.memory().snapshot(),

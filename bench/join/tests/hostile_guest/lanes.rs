@@ -55,7 +55,7 @@ struct Lanes {
 impl Lanes {
     /// Negotiated, and no queue set up.
     fn new() -> Self {
-        let machine = Machine::new();
+        let machine = Machine::new(super::KIND);
         let disks = [(); 3].map(|()| RecordingDisk::new(SECTORS));
         let blocks = [0, 1, 2].map(|n: usize| {
             let disk: RecordingDisk = disks[n].clone();

@@ -7,6 +7,7 @@ mod chains;
 mod draining;
 mod lanes;
 mod memory;
+mod queue_resets;
 mod registers;
 mod requests;
 mod resets;
@@ -15,11 +16,19 @@ mod threads;
 
 use pvkit_host::virtio::block::BlockOptions;
 use pvkit_host::virtio::queue::Fault;
+use pvkit_join::Kind;
 use pvkit_join::disk::RecordingDisk;
 use pvkit_join::hostile::guest::{Guest, HIGH, LOW, Machine};
 use pvkit_protocol::virtio::DeviceStatus;
 use pvkit_protocol::virtio::mmio::InterruptStatus;
 use std::sync::Arc;
+
+/// The transport of this test program: the one whose name ends in `_pci` is
+/// the same over virtio-pci.
+const KIND: Kind = match env!("CARGO_CRATE_NAME").as_bytes() {
+    [.., b'_', b'p', b'c', b'i'] => Kind::Pci,
+    _ => Kind::Mmio,
+};
 
 /// Sectors of the disks.
 const SECTORS: u64 = 64;
@@ -42,7 +51,7 @@ fn options() -> BlockOptions {
 impl Scene {
     /// Two devices at power-on.
     fn cold(options: BlockOptions) -> Self {
-        let machine = Machine::new();
+        let machine = Machine::new(KIND);
         let disk = RecordingDisk::new(SECTORS);
         let guest = machine.guest(Arc::new(disk.clone()), options.clone(), LOW.start);
         let mut other = machine.guest(

@@ -165,7 +165,7 @@ fn rings_in_memory_that_is_taken_away() {
 
 #[test]
 fn memory_taken_away_while_the_disk_has_requests() {
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let disk = RecordingDisk::new(SECTORS);
     disk.allow(0);
     let mut guest = machine.guest(Arc::new(disk.clone()), options(), LOW.start);

@@ -1,6 +1,7 @@
 //! Registers of the wrong width, at the wrong moment, with the wrong value.
 
-use super::{Ready, Scene, options};
+use super::{KIND, Ready, Scene, options};
+use pvkit_join::Kind;
 use pvkit_join::hostile::Noise;
 use pvkit_join::hostile::guest::{Guest, HIGH, LOW, Layout};
 use pvkit_protocol::virtio::block::{BlockConfig, RequestType};
@@ -68,6 +69,10 @@ fn queue_registers_rewritten_between_ready_and_driver_ok() {
         .go();
     assert!(guest.works(1), "as it was when it was enabled");
 
+    if KIND != Kind::Mmio {
+        // Only a reset disables a queue of virtio-pci (§4.1.4.3.2).
+        return;
+    }
     // Disabled, it can be moved; enabled again, it lies there.
     assert!(guest.reset());
     assert!(guest.negotiate(features));
@@ -103,7 +108,10 @@ fn queues_that_do_not_exist() {
 
 #[test]
 fn queue_sizes_that_no_queue_has() {
-    for size in [0u32, 3, 9, 16, 0x8000, 0x1_0000, 0x1_0008, u32::MAX] {
+    // A size of 0 is, on virtio-pci, one that nobody chose: the largest.
+    let zero = (KIND == Kind::Mmio).then_some(0u32);
+    let others = [3, 9, 16, 0x8000, 0x1_0000, 0x1_0008, u32::MAX];
+    for size in zero.into_iter().chain(others) {
         let mut scene = Scene::cold(options());
         let guest = &mut scene.guest;
         let features = guest.split_ring_features();
@@ -241,7 +249,8 @@ fn every_width_at_every_offset_reads_something_and_breaks_nothing() {
                     let expected = config.get(at + index).copied().unwrap_or(0);
                     assert_eq!(*byte, expected, "offset {offset:#x}, width {width}");
                 }
-            } else if !whole {
+            } else if !whole && KIND == Kind::Mmio {
+                // Other widths of virtio-pci's fields: see `virtio_pci`.
                 assert!(
                     data.iter().all(|byte| *byte == 0xff),
                     "offset {offset:#x}, width {width}"
@@ -321,8 +330,10 @@ fn registers_that_cannot_be_written() {
         }
     }
     assert_eq!(visible(guest), before);
-    assert_eq!(guest.register(mmio::SHM_LEN_LOW), u32::MAX);
-    assert_eq!(guest.register(mmio::SHM_BASE_HIGH), u32::MAX);
+    if KIND == Kind::Mmio {
+        assert_eq!(guest.register(mmio::SHM_LEN_LOW), u32::MAX);
+        assert_eq!(guest.register(mmio::SHM_BASE_HIGH), u32::MAX);
+    }
     assert!(guest.works(1));
 }
 

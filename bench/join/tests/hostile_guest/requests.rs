@@ -120,7 +120,7 @@ fn the_id_fills_what_there_is_and_no_more() {
 
 #[test]
 fn writes_to_a_disk_that_is_read_only() {
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let disk = MemoryDisk::from_bytes(pattern(0, 64 * 512));
     let read_only = Arc::new(disk.clone().read_only());
     let mut guest = machine.guest(read_only, options(), LOW.start);
@@ -140,7 +140,7 @@ fn more_data_than_a_used_length_can_count() {
         BYTES as usize,
     )])
     .unwrap();
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     machine.memory().replace(Arc::new(map)).unwrap();
     let disk = RecordingDisk::new(SECTORS);
     let mut guest = machine.guest(Arc::new(disk), options(), LOW.start);
@@ -211,7 +211,7 @@ fn a_header_that_changes_after_the_check() {
     // header, the descriptors and the indirect table while the device works.
     // Whatever it sees, it sees once: reads fill no more than the buffer that
     // was checked, and nothing else changes.
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let disk = MemoryDisk::from_bytes(pattern(0, 64 * 512)).read_only();
     let options = BlockOptions {
         queue_size: 8,
@@ -303,7 +303,7 @@ fn a_flush_of_any_sector_is_a_flush() {
 fn a_disk_with_less_room_than_the_queue_is_waited_for_not_spun_on() {
     // A worker with a request that does not fit must sleep until the disk has
     // room, although the ring has more (OpenVMM #4036: a worker that spins).
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let mut disk = RecordingDisk::new(SECTORS);
     disk.depth = 2;
     disk.allow(0);

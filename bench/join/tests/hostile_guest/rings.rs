@@ -203,7 +203,7 @@ fn entries_and_descriptors_that_change_once_the_index_was_seen() {
 fn a_state_to_continue_from_that_is_nonsense() {
     // Firecracker 7b01bdc1e: corrupt state. Any pair of indices is a state
     // that a queue can be in; one that does not fit the ring is a fault.
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let memory = machine.memory();
     let layout = Layout::at(LOW.start);
     let size = QueueSize::new(8).unwrap();
@@ -514,7 +514,7 @@ fn a_ring_that_feeds_itself_is_served_a_budget_at_a_time() {
         let header = RequestHeader::new(RequestType::IN, sector + 1);
         bytes[header_offset..header_offset + 16].copy_from_slice(header.as_bytes());
     }
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let disk = MemoryDisk::from_bytes(content);
     let mut guest = machine.guest(Arc::new(disk), options(), LOW.start);
     guest.layout.avail = area;

@@ -46,7 +46,7 @@ fn file_disk(options: FileOptions) -> Option<(tempfile::NamedTempFile, FileDisk)
 
 /// A guest that rewrites its rings, headers and tables while the device looks.
 fn rewrite_for(disk: Arc<dyn Disk>, rounds: u32, seed: u64) {
-    let machine = Machine::new();
+    let machine = Machine::new(super::KIND);
     let mut guest = machine.guest_on(disk, options(), LOW.start, threads());
     let mut other = machine.guest(
         Arc::new(MemoryDisk::from_bytes(pattern(0, 64 * 512))),
@@ -153,7 +153,7 @@ fn flip_between(disk: Arc<dyn Disk>, rounds: u32, seed: u64) {
         queue_size: 16,
         ..BlockOptions::default()
     };
-    let join = Join::new(disk, options, threads(), 1 << 20);
+    let join = Join::new(super::KIND, disk, options, threads(), 1 << 20);
     let (mut block, mut queue) =
         Block::open::<Vec<u8>, _>(join.transport(), join.space(), DriverOptions::default())
             .unwrap();

@@ -180,6 +180,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         self.identity.is_queue(transport.identity(self.shape.index))
     }
 
+    /// Its number in the device.
+    pub(crate) fn index(&self) -> u16 {
+        self.shape.index
+    }
+
     pub(crate) fn counters(&self) -> QueueCounters {
         self.counters
     }

@@ -16,6 +16,8 @@ pub struct MmioTransport<R> {
     device_id: u32,
     lives: Lives,
     reset_reads: u32,
+    /// Doorbells say where the queue stands (NOTIFICATION_DATA).
+    notification_data: bool,
 }
 
 /// Why a window holds no usable device.
@@ -73,6 +75,7 @@ impl<R: Registers> MmioTransport<R> {
             device_id,
             lives: Lives::new(),
             reset_reads: RESET_READS,
+            notification_data: false,
         })
     }
 
@@ -159,6 +162,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
     }
 
     fn set_driver_features(&mut self, features: Features) {
+        self.notification_data = features.contains(Features::NOTIFICATION_DATA);
         for select in 0..2 {
             self.registers.write_u32(mmio::DRIVER_FEATURES_SEL, select);
             self.registers
@@ -228,6 +232,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
     fn doorbell(&self, _queue: u16) -> MmioDoorbell<R> {
         MmioDoorbell {
             registers: self.registers.clone(),
+            notification_data: self.notification_data,
         }
     }
 
@@ -255,12 +260,17 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
 #[derive(Debug, Clone)]
 pub struct MmioDoorbell<R> {
     registers: R,
+    notification_data: bool,
 }
 
 impl<R: Registers> Doorbell for MmioDoorbell<R> {
     #[inline]
     fn ring(&mut self, at: Position) {
-        self.registers
-            .write_u32(mmio::QUEUE_NOTIFY, u32::from(at.queue));
+        let value = if self.notification_data {
+            at.notification_data()
+        } else {
+            u32::from(at.queue)
+        };
+        self.registers.write_u32(mmio::QUEUE_NOTIFY, value);
     }
 }

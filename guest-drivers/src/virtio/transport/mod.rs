@@ -5,8 +5,10 @@
 #![allow(unsafe_code)]
 
 mod mmio;
+mod pci;
 
 pub use mmio::{MmioDoorbell, MmioError, MmioTransport};
+pub use pci::{PciDoorbell, PciTransport, PciTransportError};
 
 use crate::doorbell::Doorbell;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -48,6 +50,24 @@ pub struct ResetTimeout {
     pub status: u8,
     /// How often it was read.
     pub reads: u32,
+}
+
+/// A queue or the configuration does not get the vector that it was to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum VectorError {
+    /// The transport has one interrupt line for everything: virtio-mmio, or
+    /// PCI without MSI-X.
+    #[error("this transport has one interrupt line and no vectors")]
+    OneLine,
+    /// The device refuses.
+    #[error("the device refuses vector {vector}, and reads back {read:#x}")]
+    Refused {
+        /// The vector.
+        vector: u16,
+        /// What the device says instead.
+        read: u16,
+    },
 }
 
 /// The life of a device between two resets. A queue belongs to the life in
@@ -232,11 +252,37 @@ pub unsafe trait Transport: Send {
     /// buffers that the ring names, until a reset proves that it has let go.
     unsafe fn set_up_queue(&mut self, queue: u16, at: QueueAddresses);
 
+    /// Gives configuration changes a vector, or with `None` no interrupt. A
+    /// reset takes it away. Transports with one line take `None` only.
+    ///
+    /// # Errors
+    /// [`VectorError`] if the transport has no vectors, or the device refuses.
+    fn set_config_vector(&mut self, vector: Option<u16>) -> Result<(), VectorError> {
+        vector.map_or(Ok(()), |_| Err(VectorError::OneLine))
+    }
+
+    /// Gives a queue a vector, which it may share, or with `None` no interrupt.
+    /// A reset takes it away. Transports with one line take `None` only.
+    ///
+    /// # Errors
+    /// [`VectorError`] if the transport has no vectors, or the device refuses.
+    fn set_queue_vector(&mut self, queue: u16, vector: Option<u16>) -> Result<(), VectorError> {
+        let _ = queue;
+        vector.map_or(Ok(()), |_| Err(VectorError::OneLine))
+    }
+
     /// The doorbell of a queue.
     fn doorbell(&self, queue: u16) -> Self::Doorbell;
 
-    /// Says why the device interrupted, and acknowledges that.
+    /// Says why the device interrupted by a line, or by the vector of a queue,
+    /// and acknowledges that. Touches no register where the vector says it
+    /// all.
     fn claim_events(&self) -> Events;
+
+    /// The same for an interrupt by the vector of configuration changes.
+    fn claim_config_events(&self) -> Events {
+        self.claim_events()
+    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{DeviceStatus, Features};
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -55,6 +56,9 @@ struct QueueRegisters {
     driver: u64,
     device: u64,
     ready: bool,
+    /// The driver reset it alone, and may set it up again though DRIVER_OK is
+    /// set (§2.6.1).
+    was_reset: bool,
 }
 
 /// What lanes tell the transport from their own threads.
@@ -94,6 +98,8 @@ pub struct Control<S> {
     status: DeviceStatus,
     /// The driver asked for a reset, and some lanes still run.
     resetting: bool,
+    /// By lane: the driver asked for a reset of its queue, and it still runs.
+    resetting_lane: Vec<bool>,
 }
 
 impl<S: TransportSignals + 'static> Control<S> {
@@ -107,7 +113,12 @@ impl<S: TransportSignals + 'static> Control<S> {
         executor: Box<dyn Executor>,
         signals: Arc<S>,
     ) -> io::Result<Self> {
-        let identity = device.identity();
+        let mut identity = device.identity();
+        // A lane stops as a whole, so queues that share one cannot be reset
+        // alone.
+        if identity.lanes.iter().any(|lane| lane.len() != 1) {
+            identity.features.remove(Features::RING_RESET);
+        }
         let queues = identity
             .lanes
             .iter()
@@ -125,6 +136,7 @@ impl<S: TransportSignals + 'static> Control<S> {
         device.connect(events.clone());
         Ok(Self {
             running: vec![false; identity.lanes.len()],
+            resetting_lane: vec![false; identity.lanes.len()],
             queues: vec![QueueRegisters::default(); usize::from(queues)],
             device,
             identity,
@@ -150,8 +162,15 @@ impl<S: TransportSignals + 'static> Control<S> {
         &self.kicks
     }
 
-    /// Rings the doorbell of a queue. Queues that do not exist are ignored.
-    pub fn kick(&self, queue: u32) {
+    /// Rings a doorbell with the value that was written to it: the queue, and
+    /// with NOTIFICATION_DATA where it stands (§4.1.5.2, §4.2.3.3). Queues that
+    /// do not exist are ignored.
+    pub fn kick(&self, value: u32) {
+        let queue = if self.driver_features.contains(Features::NOTIFICATION_DATA) {
+            value & 0xffff
+        } else {
+            value
+        };
         match self.kicks.get(queue as usize) {
             Some(kick) => kick.notify(),
             None => log::debug!("virtio: notification of queue {queue}, which does not exist"),
@@ -264,9 +283,41 @@ impl<S: TransportSignals + 'static> Control<S> {
             .is_some_and(|queue| queue.ready)
     }
 
+    /// Whether the driver may describe and enable a queue now.
+    fn may_set_up(&self, queue: u32) -> bool {
+        let was_reset = self
+            .queues
+            .get(queue as usize)
+            .is_some_and(|queue| queue.was_reset);
+        !self.resetting && (was_reset || !self.status.contains(DeviceStatus::DRIVER_OK))
+    }
+
+    /// Number of queues.
+    #[must_use]
+    pub fn queues(&self) -> u16 {
+        // As many as `new` made, from a `u16`.
+        self.queues.len() as u16
+    }
+
+    /// What the driver has set for a queue; 0 if it has not, or there is no
+    /// such queue.
+    #[must_use]
+    pub fn queue(&self, queue: u32, register: QueueRegister) -> u32 {
+        let Some(registers) = self.queues.get(queue as usize) else {
+            return 0;
+        };
+        let half = |address: u64, high: bool| (if high { address >> 32 } else { address }) as u32;
+        match register {
+            QueueRegister::Size => registers.size,
+            QueueRegister::Descriptors { high } => half(registers.descriptors, high),
+            QueueRegister::Driver { high } => half(registers.driver, high),
+            QueueRegister::Device { high } => half(registers.device, high),
+        }
+    }
+
     /// The driver describes a queue. Ignored once it is enabled or running.
     pub fn set_queue(&mut self, queue: u32, register: QueueRegister, value: u32) {
-        if self.status.contains(DeviceStatus::DRIVER_OK) || self.resetting {
+        if !self.may_set_up(queue) {
             log::debug!("virtio: {register:?} of queue {queue} written after DRIVER_OK");
             return;
         }
@@ -294,9 +345,10 @@ impl<S: TransportSignals + 'static> Control<S> {
     }
 
     /// The driver enables a queue (or disables it again, before DRIVER_OK). A
-    /// queue of an impossible size stays disabled.
+    /// queue of an impossible size stays disabled. One that was reset alone
+    /// goes to work at once.
     pub fn set_queue_ready(&mut self, queue: u32, ready: bool) {
-        if self.status.contains(DeviceStatus::DRIVER_OK) || self.resetting {
+        if !self.may_set_up(queue) {
             log::debug!("virtio: queue {queue} enabled or disabled after DRIVER_OK");
             return;
         }
@@ -317,17 +369,100 @@ impl<S: TransportSignals + 'static> Control<S> {
             log::debug!("virtio: queue {queue} cannot have size {}", registers.size);
         }
         registers.ready = ready && possible;
+        if registers.ready && std::mem::take(&mut registers.was_reset) {
+            self.start_or_break(self.lane_of(queue));
+        }
+    }
+
+    /// The lane that has a queue, if there is one.
+    fn lane_of(&self, queue: u32) -> Option<u16> {
+        let has = |lane: &Range<u16>| (u32::from(lane.start)..u32::from(lane.end)).contains(&queue);
+        self.identity.lanes.iter().position(has).map(|at| at as u16)
+    }
+
+    /// The driver resets one queue (RING_RESET, §2.6.1): everything in flight
+    /// ends, and the others go on. Ignored without the feature, and for a queue
+    /// that is not enabled.
+    pub fn reset_queue(&mut self, queue: u32) {
+        let negotiated = self.driver_features.contains(Features::RING_RESET);
+        let running = self.status.contains(DeviceStatus::DRIVER_OK) && !self.resetting;
+        let lane = self.lane_of(queue);
+        let Some(lane) = lane.filter(|_| negotiated && running && self.queue_ready(queue)) else {
+            log::debug!("virtio: queue {queue} cannot be reset");
+            return;
+        };
+        let Some(resetting) = self.resetting_lane.get_mut(usize::from(lane)) else {
+            return;
+        };
+        if !std::mem::replace(resetting, true) && self.is_running(lane) {
+            self.executor.begin_stop(lane);
+        }
+        self.finish_queue_reset(queue);
+    }
+
+    /// Whether a reset of one queue is under way.
+    pub fn queue_resetting(&mut self, queue: u32) -> bool {
+        self.finish_queue_reset(queue);
+        self.lane_of(queue).is_some_and(|lane| {
+            let resetting = self.resetting_lane.get(usize::from(lane));
+            resetting.copied().unwrap_or(false)
+        })
+    }
+
+    fn is_running(&self, lane: u16) -> bool {
+        self.running.get(usize::from(lane)).copied() == Some(true)
+    }
+
+    /// Completes the reset of a queue if its lane has stopped by now.
+    fn finish_queue_reset(&mut self, queue: u32) {
+        let Some(lane) = self.lane_of(queue) else {
+            return;
+        };
+        let at = usize::from(lane);
+        if self.resetting_lane.get(at).copied() != Some(true) {
+            return;
+        }
+        if self.is_running(lane) && !self.take_stopped(lane) {
+            return;
+        }
+        if let Some(resetting) = self.resetting_lane.get_mut(at) {
+            *resetting = false;
+        }
+        if let Some(registers) = self.queues.get_mut(queue as usize) {
+            *registers = QueueRegisters {
+                was_reset: true,
+                ..QueueRegisters::default()
+            };
+        }
+    }
+
+    /// Takes back the worker of a lane that was asked to stop; `false` if it
+    /// still runs.
+    fn take_stopped(&mut self, lane: u16) -> bool {
+        match self.executor.stopped(lane) {
+            Stopped::NotYet => return false,
+            Stopped::Worker(worker) => _ = self.device.stopped(lane, worker),
+            Stopped::Gone => {}
+        }
+        if let Some(running) = self.running.get_mut(usize::from(lane)) {
+            *running = false;
+        }
+        true
     }
 
     /// Starts every lane whose queues are all enabled.
     fn start(&mut self) {
         for index in 0..self.identity.lanes.len() {
-            let lane = index as u16;
-            if let Err(error) = self.start_lane(lane) {
-                log::warn!("virtio: lane {lane} does not start: {error}");
-                self.events.needs_reset.store(true, Ordering::Release);
-                self.events.signals.config();
-            }
+            self.start_or_break(Some(index as u16));
+        }
+    }
+
+    fn start_or_break(&mut self, lane: Option<u16>) {
+        let Some(lane) = lane else { return };
+        if let Err(error) = self.start_lane(lane) {
+            log::warn!("virtio: lane {lane} does not start: {error}");
+            self.events.needs_reset.store(true, Ordering::Release);
+            self.events.signals.config();
         }
     }
 
@@ -393,23 +528,16 @@ impl<S: TransportSignals + 'static> Control<S> {
         if !self.resetting {
             return;
         }
-        for (lane, running) in self
-            .running
-            .iter_mut()
-            .enumerate()
-            .filter(|(_, running)| **running)
-        {
-            match self.executor.stopped(lane as u16) {
-                Stopped::NotYet => return,
-                Stopped::Worker(worker) => _ = self.device.stopped(lane as u16, worker),
-                Stopped::Gone => {}
+        for lane in 0..self.identity.lanes.len() as u16 {
+            if self.is_running(lane) && !self.take_stopped(lane) {
+                return;
             }
-            *running = false;
         }
         self.device.reset();
         self.events.needs_reset.store(false, Ordering::Release);
         self.events.signals.reset();
         self.queues.fill(QueueRegisters::default());
+        self.resetting_lane.fill(false);
         self.driver_features = Features::empty();
         self.status = DeviceStatus::empty();
         self.resetting = false;

@@ -120,6 +120,7 @@ impl MmioTransport {
                 .window(self.device_features_sel),
             mmio::QUEUE_SIZE_MAX => self.control.queue_size_max(self.queue_sel),
             mmio::QUEUE_READY => u32::from(self.control.queue_ready(self.queue_sel)),
+            mmio::QUEUE_RESET => u32::from(self.control.queue_resetting(self.queue_sel)),
             mmio::INTERRUPT_STATUS => self.signals.status.load(Ordering::Acquire),
             mmio::STATUS => u32::from(self.control.status().bits()),
             mmio::CONFIG_GENERATION => self.control.config_generation(),
@@ -155,6 +156,7 @@ impl MmioTransport {
             mmio::QUEUE_DEVICE_LOW => set(QueueRegister::Device { high: false }),
             mmio::QUEUE_DEVICE_HIGH => set(QueueRegister::Device { high: true }),
             mmio::QUEUE_READY => self.control.set_queue_ready(queue, value & 1 != 0),
+            mmio::QUEUE_RESET if value == 1 => self.control.reset_queue(queue),
             mmio::QUEUE_NOTIFY => self.control.kick(value),
             mmio::INTERRUPT_ACK => {
                 self.signals.status.fetch_and(!value, Ordering::AcqRel);

@@ -6,6 +6,8 @@
 
 mod control;
 mod mmio;
+mod pci;
 
 pub use control::{Control, QueueRegister, TransportSignals};
 pub use mmio::MmioTransport;
+pub use pci::{Doorbells, PciError, PciOptions, PciTransport};

@@ -1,6 +1,8 @@
 //! What lies where in the guest's address space.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 /// Least RAM: the image, its page tables and a little heap.
 pub(in crate::vmm) const MIN_RAM_BYTES: u64 = 16 << 20;
 /// Most RAM: 1 TiB, as much as guests reach with 40 address bits.
@@ -33,6 +35,12 @@ pub(in crate::vmm) const MMIO_GSIS: [u32; 10] = [16, 17, 18, 19, 20, 21, 22, 23,
 /// Pins of the I/O APIC at which PCI's lines A to D end; a PIIX3 could route
 /// them so.
 pub(in crate::vmm) const PCI_GSIS: [u32; 4] = [5, 7, 10, 11];
+
+/// Addresses for the registers of PCI functions, below those of interrupt
+/// controllers.
+pub(in crate::vmm) const PCI_MEMORY: Range<u64> = 0xe000_0000..0xfe00_0000;
+/// First slot that no bridge stands in.
+pub(in crate::vmm) const PCI_FIRST_SLOT: u8 = 2;
 
 /// Three pages that KVM needs for itself on Intel, where nothing else is.
 pub(in crate::vmm) const TSS_ADDRESS: u64 = 0xfffb_d000;

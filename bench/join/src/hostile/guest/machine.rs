@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 use super::Guest;
+use super::front::{Front, PciFront};
+use crate::Kind;
 use crate::stepped::stepped;
 use crate::wire::Wire;
 use pvkit_host::disk::Disk;
@@ -67,28 +69,24 @@ impl Layout {
 #[derive(Debug, Clone)]
 pub struct Machine {
     memory: GuestMemory,
-}
-
-impl Default for Machine {
-    fn default() -> Self {
-        Self::new()
-    }
+    kind: Kind,
 }
 
 impl Machine {
-    /// Zeroed RAM at [`LOW`], [`HIGH`] and [`TOP`].
+    /// Zeroed RAM at [`LOW`], [`HIGH`] and [`TOP`], and devices that guests
+    /// reach by `kind`.
     ///
     /// # Panics
     /// If the host has no memory.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(kind: Kind) -> Self {
         let ranges = [LOW, HIGH, TOP].map(|region| {
             let len = region.end - region.start;
             (GuestAddress(region.start), len as usize)
         });
         let map = GuestMemoryMmap::<()>::from_ranges(&ranges).expect("guest memory");
         let memory = GuestMemory::new(Arc::new(map)).expect("a mapping");
-        Self { memory }
+        Self { memory, kind }
     }
 
     /// The memory, as devices take it.
@@ -135,13 +133,22 @@ impl Machine {
         base: u64,
         executor: Box<dyn Executor>,
     ) -> Guest {
-        let interrupts = Arc::new(SignalCounter::default());
-        let transport =
-            MmioTransport::new(device, self.memory.clone(), executor, interrupts.clone())
-                .expect("event counters");
+        let memory = self.memory.clone();
+        let (front, interrupts): (Box<dyn Front>, _) = match self.kind {
+            Kind::Mmio => {
+                let interrupts = Arc::new(SignalCounter::default());
+                let transport = MmioTransport::new(device, memory, executor, interrupts.clone());
+                (Box::new(transport.expect("event counters")), interrupts)
+            }
+            Kind::Pci | Kind::PciIntx => {
+                let front = PciFront::new(device, memory, executor);
+                let interrupts = front.interrupts();
+                (Box::new(front), interrupts)
+            }
+        };
         Guest {
             ram: self.memory.snapshot(),
-            wire: Wire::new(transport),
+            wire: Wire::new(front),
             steps: None,
             queue: 0,
             layout: Layout::at(base),

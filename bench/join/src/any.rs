@@ -1,0 +1,144 @@
+//! A driver's transport of either kind, so that one test runs on both.
+
+use pvkit_guest::doorbell::{Doorbell, Position};
+use pvkit_guest::register::Registers;
+use pvkit_guest::virtio::transport::{
+    Events, MmioDoorbell, MmioTransport, PciDoorbell, PciTransport, QueueAddresses, QueueIdentity,
+    Quiesced, ResetTimeout, Transport, VectorError,
+};
+use pvkit_protocol::virtio::{DeviceStatus, Features};
+
+/// virtio-mmio, or virtio-pci.
+#[derive(Debug)]
+pub enum AnyTransport<R> {
+    /// virtio-mmio.
+    Mmio(MmioTransport<R>),
+    /// virtio-pci.
+    Pci {
+        /// The transport.
+        transport: Box<PciTransport<R>>,
+        /// The vectors of configuration and queues whose driver does not ask
+        /// for any, as drivers do that are written for one line.
+        vectors: Option<[u16; 2]>,
+    },
+}
+
+/// The doorbell of either.
+#[derive(Debug)]
+pub enum AnyDoorbell<R> {
+    /// virtio-mmio.
+    Mmio(MmioDoorbell<R>),
+    /// virtio-pci.
+    Pci(PciDoorbell<R>),
+}
+
+impl<R: Registers> Doorbell for AnyDoorbell<R> {
+    fn ring(&mut self, at: Position) {
+        match self {
+            Self::Mmio(doorbell) => doorbell.ring(at),
+            Self::Pci(doorbell) => doorbell.ring(at),
+        }
+    }
+}
+
+impl<R: Registers> AnyTransport<R> {
+    /// Sets how often the status is read, at the most, before a reset counts
+    /// as failed.
+    #[must_use]
+    pub fn with_reset_reads(self, reads: u32) -> Self {
+        match self {
+            Self::Mmio(transport) => Self::Mmio(transport.with_reset_reads(reads)),
+            Self::Pci { transport, vectors } => Self::Pci {
+                transport: Box::new(transport.with_reset_reads(reads)),
+                vectors,
+            },
+        }
+    }
+}
+
+/// Passes a call on to the transport, whichever it is.
+macro_rules! pass {
+    ($self:ident, $transport:ident => $call:expr) => {
+        match $self {
+            Self::Mmio($transport) => $call,
+            Self::Pci {
+                transport: $transport,
+                ..
+            } => $call,
+        }
+    };
+}
+
+// SAFETY: passes every call on, unchanged.
+unsafe impl<R: Registers> Transport for AnyTransport<R> {
+    type Doorbell = AnyDoorbell<R>;
+
+    fn device_id(&self) -> u32 {
+        pass!(self, transport => transport.device_id())
+    }
+    fn status(&self) -> DeviceStatus {
+        pass!(self, transport => transport.status())
+    }
+    fn set_status(&mut self, status: DeviceStatus) {
+        pass!(self, transport => transport.set_status(status));
+    }
+    fn reset(&mut self) -> Result<Quiesced, ResetTimeout> {
+        pass!(self, transport => transport.reset())
+    }
+    fn reset_queue(&mut self, queue: u16) -> Result<Quiesced, ResetTimeout> {
+        pass!(self, transport => transport.reset_queue(queue))
+    }
+    fn identity(&self, queue: u16) -> QueueIdentity {
+        pass!(self, transport => transport.identity(queue))
+    }
+    fn device_features(&mut self) -> Features {
+        pass!(self, transport => transport.device_features())
+    }
+    fn set_driver_features(&mut self, features: Features) {
+        pass!(self, transport => transport.set_driver_features(features));
+    }
+    fn config_generation(&self) -> u32 {
+        pass!(self, transport => transport.config_generation())
+    }
+    fn read_config(&self, offset: usize, out: &mut [u8]) {
+        pass!(self, transport => transport.read_config(offset, out));
+    }
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        pass!(self, transport => transport.write_config(offset, data));
+    }
+    fn queue_max_size(&mut self, queue: u16) -> u32 {
+        pass!(self, transport => transport.queue_max_size(queue))
+    }
+    unsafe fn set_up_queue(&mut self, queue: u16, at: QueueAddresses) {
+        // SAFETY: what the caller promises, passed on.
+        pass!(self, transport => unsafe { transport.set_up_queue(queue, at) });
+    }
+    fn set_config_vector(&mut self, vector: Option<u16>) -> Result<(), VectorError> {
+        match self {
+            Self::Mmio(transport) => transport.set_config_vector(vector),
+            Self::Pci { transport, vectors } => {
+                transport.set_config_vector(vector.or(vectors.map(|[config, _]| config)))
+            }
+        }
+    }
+    fn set_queue_vector(&mut self, queue: u16, vector: Option<u16>) -> Result<(), VectorError> {
+        match self {
+            Self::Mmio(transport) => transport.set_queue_vector(queue, vector),
+            Self::Pci { transport, vectors } => {
+                transport.set_queue_vector(queue, vector.or(vectors.map(|[_, queue]| queue)))
+            }
+        }
+    }
+    fn doorbell(&self, queue: u16) -> AnyDoorbell<R> {
+        match self {
+            Self::Mmio(transport) => AnyDoorbell::Mmio(transport.doorbell(queue)),
+            Self::Pci { transport, .. } => AnyDoorbell::Pci(transport.doorbell(queue)),
+        }
+    }
+    fn claim_events(&self) -> Events {
+        pass!(self, transport => transport.claim_events())
+    }
+    fn claim_config_events(&self) -> Events {
+        pass!(self, transport => transport.claim_config_events())
+    }
+}

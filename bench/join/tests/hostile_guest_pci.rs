@@ -1,0 +1,4 @@
+//! The hostile guest over virtio-pci.
+
+#[path = "hostile_guest/main.rs"]
+mod over_pci;
