@@ -1,6 +1,6 @@
 //! The command line.
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 
 /// Compare paravirtual devices with the emulated ones that they replace.
@@ -16,6 +16,10 @@ pub struct Cli {
     /// The short set of rows, in about a minute (this is the default).
     #[arg(long, conflicts_with = "full")]
     pub quick: bool,
+    /// Compare pvkit with somebody who does the same, in place of the emulated
+    /// devices.
+    #[arg(long, value_name = "PEER")]
+    pub vs: Option<Peer>,
     /// Every row, in about ten minutes.
     #[arg(long)]
     pub full: bool,
@@ -38,4 +42,12 @@ pub struct Cli {
     /// and device in one process, counts only.
     #[arg(long)]
     pub join: bool,
+}
+
+/// Whom to compare with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// QEMU's virtio-blk, plain and at its best, beside our monitor, with the
+    /// same guest image.
+    Qemu,
 }

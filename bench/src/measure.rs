@@ -167,11 +167,11 @@ impl Sum {
                 row.to_string()
             },
             case: row.case(),
-            device: row.device.name(),
+            device: row.device_name(),
             driver: "pvkit-guest",
             vmm: if self.stepped { "join" } else { row.vmm.name() },
             transport: row.device.transport(),
-            ring: row.device.ring(),
+            ring: row.device.is_virtio().then_some(row.ring.name()),
             features: feature_names(row.device, self.features),
             access: access_name(row.access),
             completion: completion_name(row.completion),
@@ -231,7 +231,7 @@ pub struct Cpu {
 pub struct RowResult {
     pub name: String,
     pub case: String,
-    pub device: &'static str,
+    pub device: String,
     pub driver: &'static str,
     pub vmm: &'static str,
     pub transport: &'static str,

@@ -1,8 +1,8 @@
 //! Which rows are measured in a run, and which of them are compared.
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Peer};
 use crate::pass;
-use crate::row::{DeviceKind, Loop, Row, Vmm};
+use crate::row::{DeviceKind, Loop, Ring, Row, Vmm};
 use anyhow::{Result, bail};
 use pvkit_workload::script::{Access, Completion};
 
@@ -16,6 +16,8 @@ pub struct Plan {
     pub rows: Vec<Row>,
     /// Pairs of indices into `rows`: what is compared with what.
     pub pairs: Vec<(usize, usize)>,
+    /// The row of whose rate open loops run at half.
+    pub base: Row,
 }
 
 /// A closed loop on a device in our monitor.
@@ -27,6 +29,7 @@ fn row(device: DeviceKind, access: Access, kib: u32, depth: u32, completion: Com
         completion,
         looping: Loop::Closed,
         device,
+        ring: Ring::Split,
         vmm: Vmm::Pvkit,
         spin_us: device.is_virtio().then_some(SPIN_US),
     }
@@ -39,7 +42,7 @@ fn without_spin(row: Row) -> Row {
     }
 }
 
-/// The row whose rate open loops are derived from.
+/// The row whose rate open loops are derived from, beside emulated devices.
 #[must_use]
 pub fn base_row() -> Row {
     row(
@@ -170,13 +173,84 @@ fn rows(full: bool) -> Vec<Row> {
     rows
 }
 
+/// The row whose rate open loops are derived from, beside QEMU.
+fn qemu_base_row() -> Row {
+    Row {
+        vmm: Vmm::QemuIothread,
+        spin_us: None,
+        ..row(
+            DeviceKind::VirtioBlkPci,
+            Access::RandomRead,
+            4,
+            32,
+            Completion::Polled,
+        )
+    }
+}
+
+/// Our monitor beside QEMU, both with the same driver, on virtio-pci.
+fn rows_beside_qemu(full: bool) -> Vec<Row> {
+    use Access::{RandomRead, RandomWrite, SequentialRead};
+    use Completion::{Interrupt, Polled};
+    let device = DeviceKind::VirtioBlkPci;
+    let mut rows = Vec::new();
+    let mut add = |row: Row| {
+        rows.push(row);
+        if full || (row.completion, row.looping) == (Polled, Loop::Closed) {
+            rows.push(without_spin(row));
+        }
+        for vmm in [Vmm::QemuIothread, Vmm::Qemu] {
+            let plain = vmm == Vmm::Qemu;
+            if plain && (row.ring == Ring::Packed || row.looping == Loop::Open) {
+                continue;
+            }
+            rows.push(Row {
+                vmm,
+                spin_us: None,
+                ..row
+            });
+        }
+    };
+    let depths: &[u32] = if full {
+        &[1, 2, 4, 8, 16, 32, 64, 128]
+    } else {
+        &[1, 32]
+    };
+    for ring in [Ring::Split, Ring::Packed] {
+        for &depth in depths {
+            let row = row(device, RandomRead, 4, depth, Polled);
+            add(Row { ring, ..row });
+        }
+    }
+    let open = row(device, RandomRead, 4, 32, Polled);
+    add(Row {
+        looping: Loop::Open,
+        ..open
+    });
+    for &depth in depths {
+        add(row(device, RandomRead, 4, depth, Interrupt));
+    }
+    if full {
+        for &depth in depths {
+            add(row(device, RandomWrite, 4, depth, Polled));
+        }
+        for depth in [1, 8] {
+            add(row(device, SequentialRead, 128, depth, Polled));
+        }
+    }
+    rows
+}
+
 impl Plan {
     /// The rows that the command line asks for.
     ///
     /// # Errors
     /// If no row matches the filters.
     pub fn new(cli: &Cli) -> Result<Self> {
-        let all = rows(cli.full);
+        let (all, base) = match cli.vs {
+            None => (rows(cli.full), base_row()),
+            Some(Peer::Qemu) => (rows_beside_qemu(cli.full), qemu_base_row()),
+        };
         let mut rows: Vec<Row> = all
             .into_iter()
             .filter(|row| {
@@ -188,12 +262,13 @@ impl Plan {
             bail!("no row matches {:?}; `--list` prints all names", cli.filter);
         }
         let open = rows.iter().any(|row| row.looping == Loop::Open);
-        if open && !rows.contains(&base_row()) {
-            rows.push(base_row());
+        if open && !rows.contains(&base) {
+            rows.push(base);
         }
         Ok(Self {
             pairs: pairs(&rows),
             rows,
+            base,
         })
     }
 
@@ -204,6 +279,7 @@ impl Plan {
         Self {
             pairs: pairs(&rows),
             rows,
+            base: self.base,
         }
     }
 
@@ -230,11 +306,12 @@ fn pairs(rows: &[Row]) -> Vec<(usize, usize)> {
                 && one.vmm == two.vmm;
             let against_mmio = (one.device, two.device)
                 == (DeviceKind::VirtioBlkPci, DeviceKind::VirtioBlk)
-                && (one.depth, one.spin_us, one.vmm) == (two.depth, two.spin_us, two.vmm);
+                && (one.depth, one.spin_us, one.vmm) == (two.depth, two.spin_us, two.vmm)
+                && one.ring == two.ring;
             let against_qemu = one.device == two.device
-                && one.depth == two.depth
+                && (one.depth, one.ring) == (two.depth, two.ring)
                 && one.vmm == Vmm::Pvkit
-                && two.vmm == Vmm::Qemu;
+                && two.vmm.is_qemu();
             if same_work && (against_emulated || against_mmio || against_qemu) {
                 pairs.push((a, b));
             }

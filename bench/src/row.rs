@@ -6,9 +6,9 @@ use std::fmt;
 /// The device that a row is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeviceKind {
-    /// virtio-blk, split ring, virtio-mmio.
+    /// virtio-blk over virtio-mmio.
     VirtioBlk,
-    /// virtio-blk, split ring, virtio-pci; interrupts by MSI-X.
+    /// virtio-blk over virtio-pci; interrupts by MSI-X.
     VirtioBlkPci,
     /// PIIX3 IDE by bus-master DMA.
     IdeDma,
@@ -38,12 +38,6 @@ impl DeviceKind {
         }
     }
 
-    /// The ring format, if there is a ring.
-    #[must_use]
-    pub fn ring(self) -> Option<&'static str> {
-        self.is_virtio().then_some("split")
-    }
-
     /// Whether it is paravirtual.
     #[must_use]
     pub fn is_virtio(self) -> bool {
@@ -71,13 +65,35 @@ impl DeviceKind {
     }
 }
 
+/// The ring format that the driver negotiates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Ring {
+    /// Split.
+    Split,
+    /// Packed.
+    Packed,
+}
+
+impl Ring {
+    /// As printed.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Split => "split",
+            Self::Packed => "packed",
+        }
+    }
+}
+
 /// The monitor that a row runs in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Vmm {
     /// pvkit's own.
     Pvkit,
-    /// QEMU.
+    /// QEMU as it comes: its main loop serves the device.
     Qemu,
+    /// QEMU at its best: an I/O thread of its own that polls, and io_uring.
+    QemuIothread,
 }
 
 impl Vmm {
@@ -87,7 +103,14 @@ impl Vmm {
         match self {
             Self::Pvkit => "pvkit",
             Self::Qemu => "qemu",
+            Self::QemuIothread => "qemu-iothread",
         }
+    }
+
+    /// Whether it is QEMU, however set up.
+    #[must_use]
+    pub fn is_qemu(self) -> bool {
+        self != Self::Pvkit
     }
 }
 
@@ -96,7 +119,9 @@ impl Vmm {
 pub enum Loop {
     /// As soon as another one is done.
     Closed,
-    /// At fixed moments, at half the rate that IDE by DMA reaches.
+    /// At fixed moments, at half the rate that [`Plan::base`] reaches.
+    ///
+    /// [`Plan::base`]: crate::plan::Plan::base
     Open,
 }
 
@@ -126,6 +151,8 @@ pub struct Row {
     pub looping: Loop,
     /// On which device.
     pub device: DeviceKind,
+    /// The format of its ring, if it has one.
+    pub ring: Ring,
     /// In which monitor.
     pub vmm: Vmm,
     /// How long the device's worker polls before it sleeps, in microseconds.
@@ -172,6 +199,18 @@ impl Row {
     }
 }
 
+impl Row {
+    /// Name of the device, with its ring if that is not the usual one.
+    #[must_use]
+    pub fn device_name(&self) -> String {
+        let name = self.device.name();
+        match self.ring {
+            Ring::Packed if self.device.is_virtio() => format!("{name}-packed"),
+            _ => name.to_owned(),
+        }
+    }
+}
+
 impl fmt::Display for Row {
     /// The row's name, for lists and filters.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -179,7 +218,7 @@ impl fmt::Display for Row {
             f,
             "{}/{}/{}",
             self.case(),
-            self.device.name(),
+            self.device_name(),
             self.vmm.name()
         )?;
         match self.spin_us {
@@ -203,6 +242,7 @@ mod tests {
             completion: Completion::Polled,
             looping: Loop::Closed,
             device: DeviceKind::VirtioBlk,
+            ring: Ring::Split,
             vmm: Vmm::Pvkit,
             spin_us: Some(50),
         };
@@ -212,12 +252,13 @@ mod tests {
         );
         let row = Row {
             looping: Loop::Open,
+            ring: Ring::Packed,
             spin_us: Some(0),
             ..row
         };
         assert_eq!(
             row.to_string(),
-            "randread-4k-qd32-polled-open/virtio-blk/pvkit/no-spin"
+            "randread-4k-qd32-polled-open/virtio-blk-packed/pvkit/no-spin"
         );
     }
 }

@@ -5,7 +5,7 @@ use crate::machine::Machine;
 use crate::measure::{Pair, RowResult, Sum};
 use crate::output::{json, table};
 use crate::pass::{self, Measurement, Settings, Task};
-use crate::plan::{Plan, base_row};
+use crate::plan::Plan;
 use crate::row::{Loop, Row, Vmm};
 use crate::test_file::{self, TestFile};
 use crate::{image, pass::qemu};
@@ -49,7 +49,7 @@ pub fn run(cli: &Cli) -> Result<()> {
              Counts only; times would mean nothing."
         )?;
         let most = plan.rows.len();
-        let needs_machine = |row: &&Row| row.vmm == Vmm::Qemu || row.looping == Loop::Open;
+        let needs_machine = |row: &&Row| row.vmm.is_qemu() || row.looping == Loop::Open;
         let left_out = plan.rows.iter().filter(needs_machine).count();
         plan = plan.for_join();
         let mut outcome = in_join(cli, &plan, &directory)?;
@@ -173,7 +173,7 @@ fn in_machines(
         .collect::<Result<Vec<_>>>()?;
     let mut last_round = 0;
     for round in 0..cli.rounds {
-        for vmm in [Vmm::Pvkit, Vmm::Qemu] {
+        for vmm in [Vmm::Pvkit, Vmm::QemuIothread, Vmm::Qemu] {
             let rate = half_rate(plan, &sums);
             let tasks = tasks(plan, vmm, round, rate);
             if tasks.is_empty() {
@@ -190,11 +190,12 @@ fn in_machines(
                     let disk = FileDisk::open(file.path(), FileOptions::default())?;
                     pass::kvm::run(image.path(), &disk, &tasks, &settings, &progress)?
                 }
-                (Vmm::Qemu, Some(qemu)) => {
+                (_, Some(qemu)) => {
                     let disk = file.path();
-                    qemu::run(qemu, image.path(), disk, &tasks, &settings, &progress)?
+                    let qemu = qemu.set_up(vmm == Vmm::QemuIothread);
+                    qemu::run(&qemu, image.path(), disk, &tasks, &settings, &progress)?
                 }
-                (Vmm::Qemu, None) => continue,
+                (_, None) => continue,
             };
             for (measurement, task) in measurements.iter().zip(&tasks) {
                 add(&mut sums, measurement, task.rate);
@@ -219,7 +220,7 @@ fn find_qemu(
     software_kvm: bool,
     skipped: &mut Vec<String>,
 ) -> Option<qemu::Qemu> {
-    let count = plan.rows_of(Vmm::Qemu).count();
+    let count = plan.rows.iter().filter(|row| row.vmm.is_qemu()).count();
     if count == 0 {
         return None;
     }
@@ -237,9 +238,10 @@ fn find_qemu(
     }
 }
 
-/// Half the rate that IDE reaches, once that has been measured.
+/// Half the rate of the row that open loops follow, once that has been
+/// measured.
 fn half_rate(plan: &Plan, sums: &[Sum]) -> Option<f64> {
-    let index = plan.rows.iter().position(|row| *row == base_row())?;
+    let index = plan.rows.iter().position(|row| *row == plan.base)?;
     sums.get(index)?.iops().map(|iops| iops / 2.0)
 }
 

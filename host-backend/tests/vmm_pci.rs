@@ -165,6 +165,41 @@ fn a_window_on_another_s_doorbells_hurts_nobody() {
     assert_eq!(exits.mmio_write, 4, "only while both are there");
 }
 
+#[test]
+fn windows_over_ram_interrupt_controllers_and_other_devices_hurt_nobody() {
+    if !have_kvm() {
+        return;
+    }
+    let Machine { mut vm, .. } = machine(1, PciOptions::default());
+    let device = Block::new(Arc::new(MemoryDisk::new(8)), BlockOptions::default()).unwrap();
+    let place = vm.add_virtio_mmio(Box::new(device), ThreadOptions::default());
+    assert_eq!(place.unwrap().base, 0xd000_0000);
+    let mut code = Code::new();
+    // RAM, the window and the doorbell of virtio-mmio, both kinds of interrupt
+    // controllers, KVM's own pages, and the last addresses.
+    for window in [
+        SCRATCH,
+        0xcfff_c000,
+        0xd000_0000,
+        0xfec0_0000,
+        0xfebf_c000,
+        0xfee0_0000,
+        0xfedf_c000,
+        0xfffb_c000,
+        0xffff_c000,
+    ] {
+        code = configure(code, PLACE, header::bar(0), window);
+        code = code.store(SCRATCH + DOORBELL, 0);
+        // A doorbell of virtio-mmio is where it was, and stays in the kernel.
+        code = code.store(0xd000_0050, 0);
+    }
+    code = configure(code, PLACE, header::bar(0), REGISTERS);
+    code = doorbells(code, REGISTERS);
+    let (stop, exits) = run(vm, code.exit_with(REGISTERS + cfg::NUM_QUEUES as u32));
+    assert_eq!(stop, Stop::DebugExit(1));
+    assert_eq!(exits.mmio_write, 0);
+}
+
 /// Status up to DRIVER_OK, with queue 0 on rings of zeros.
 fn boot(code: Code, base: u32, queue: impl FnOnce(Code) -> Code) -> Code {
     let at = |offset: usize| base + offset as u32;

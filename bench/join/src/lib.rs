@@ -56,8 +56,6 @@ pub enum Kind {
     /// By virtio-pci, with a vector for configuration changes and one for the
     /// queue.
     Pci,
-    /// By virtio-pci without MSI-X.
-    PciIntx,
 }
 
 /// A virtio block device, ready for a driver.
@@ -74,7 +72,6 @@ pub struct Join {
     pub interrupts: Arc<SignalCounter>,
     /// The machine, if the device is on PCI.
     pub pci: Option<VirtioPci>,
-    kind: Kind,
 }
 
 impl Join {
@@ -97,22 +94,18 @@ impl Join {
         let counters = device.counters();
         let device = Box::new(device);
         let memory = arena.guest_memory().clone();
-        let options = match kind {
-            Kind::Mmio => {
-                let interrupts = Arc::new(SignalCounter::default());
-                let transport = HostTransport::new(device, memory, executor, interrupts.clone());
-                return Self {
-                    arena,
-                    wire: Wire::new(Box::new(transport.expect("event counters"))),
-                    counters,
-                    interrupts,
-                    pci: None,
-                    kind,
-                };
-            }
-            Kind::Pci => PciOptions::default(),
-            Kind::PciIntx => PciOptions::default().with_vectors(0),
-        };
+        if kind == Kind::Mmio {
+            let interrupts = Arc::new(SignalCounter::default());
+            let transport = HostTransport::new(device, memory, executor, interrupts.clone());
+            return Self {
+                arena,
+                wire: Wire::new(Box::new(transport.expect("event counters"))),
+                counters,
+                interrupts,
+                pci: None,
+            };
+        }
+        let options = PciOptions::default();
         let pci = VirtioPci::new(device, memory, executor, options);
         Self {
             arena,
@@ -120,7 +113,6 @@ impl Join {
             counters,
             interrupts: pci.interrupts.all.clone(),
             pci: Some(pci),
-            kind,
         }
     }
 
@@ -151,12 +143,6 @@ impl Join {
         };
         let mut free = pci.free();
         let transport = pci.transport(&mut free);
-        if self.kind == Kind::PciIntx {
-            return AnyTransport::Pci {
-                transport: Box::new(transport),
-                vectors: None,
-            };
-        }
         let msix = pci.msix(&mut free);
         AnyTransport::Pci {
             transport: Box::new(transport.with_msix(&msix)),

@@ -77,7 +77,7 @@ pub fn results(results: &[RowResult]) -> String {
         });
         table.add_row([
             row.case.clone(),
-            row.device.to_owned(),
+            row.device.clone(),
             row.vmm.to_owned(),
             spin,
             row.depth.to_string(),

@@ -4,7 +4,7 @@ pub mod join;
 pub mod kvm;
 pub mod qemu;
 
-use crate::row::{Loop, Row};
+use crate::row::{Loop, Ring, Row};
 use crate::test_file::{HALF_SECTORS, WRITE_SECTOR};
 use anyhow::{Context, Result, bail, ensure};
 use pvkit_host::memory::GuestMemory;
@@ -157,7 +157,11 @@ fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     // A fixed number of bytes, whatever the size of a request.
     job.verify.set((512 * 1024 / row.block_bytes).clamp(4, 64));
     job.seed.set(pattern::mix(u64::from(*round)));
-    job.allow_features.set(settings.allow.bits());
+    let mut allow = settings.allow - Features::IN_ORDER;
+    if row.ring == Ring::Split {
+        allow.remove(Features::RING_PACKED);
+    }
+    job.allow_features.set(allow.bits());
     job.queue_size.set(256);
     job
 }
@@ -182,6 +186,13 @@ pub fn read_report(memory: &GuestMemory, tasks: &[Task]) -> Result<Vec<Measureme
             0 => bail!("{}: the guest did not get that far", task.row),
             _ => bail!("{}: {}", task.row, report.message()),
         }
+        let features = Features::from_bits_retain(report.features.get());
+        let packed = features.contains(Features::RING_PACKED);
+        ensure!(
+            !task.row.device.is_virtio() || packed == (task.row.ring == Ring::Packed),
+            "{}: the ring is another one",
+            task.row
+        );
         let count = report.samples.get() as usize;
         let first = report.first_sample.get() as usize;
         let offset = report::samples_offset(tasks.len()) + first * size_of::<Sample>();

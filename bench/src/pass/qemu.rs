@@ -27,6 +27,20 @@ pub struct Qemu {
     firmware: PathBuf,
     /// KVM is in software, and lacks a register that QEMU asks for.
     software_kvm: bool,
+    /// The device is served by a thread of its own, which polls, with
+    /// io_uring.
+    iothread: bool,
+}
+
+impl Qemu {
+    /// The same at its best (`iothread`), or as it comes.
+    #[must_use]
+    pub fn set_up(&self, iothread: bool) -> Self {
+        Self {
+            iothread,
+            ..self.clone()
+        }
+    }
 }
 
 /// Looks for QEMU.
@@ -53,6 +67,7 @@ pub fn find(software_kvm: bool) -> Result<Qemu> {
         version,
         firmware,
         software_kvm,
+        iothread: false,
     })
 }
 
@@ -151,9 +166,14 @@ fn command(
     settings: &Settings,
 ) -> Command {
     let mut command = Command::new(QEMU);
-    let mut virtio = "virtio-blk-pci,drive=disk,share-rw=on,disable-legacy=on".to_owned();
+    let mut virtio = "virtio-blk-pci,drive=disk,share-rw=on,disable-legacy=on,packed=on".to_owned();
     if let Some(vectors) = settings.vectors {
         virtio.push_str(&format!(",vectors={vectors}"));
+    }
+    let mut node = String::new();
+    if qemu.iothread {
+        virtio.push_str(",iothread=io");
+        node.push_str(",file.aio=io_uring");
     }
     let path = |path: &Path| path.display().to_string().replace(',', ",,");
     let cpu = if qemu.software_kvm {
@@ -186,17 +206,22 @@ fn command(
         .args([
             "-blockdev",
             &format!(
-                "driver=raw,node-name=disk,file.driver=file,file.filename={}",
+                "driver=raw,node-name=disk,file.driver=file,file.filename={}{node}",
                 path(disk)
             ),
         ])
-        .args(["-device", "ide-hd,drive=disk,bus=ide.0,share-rw=on"])
-        .args(["-device", &virtio])
         .args(["-kernel", &image.display().to_string()])
         .args(["-initrd", &module.display().to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    if qemu.iothread {
+        command.args(["-object", "iothread,id=io"]);
+    } else {
+        // IDE cannot share the disk with another thread.
+        command.args(["-device", "ide-hd,drive=disk,bus=ide.0,share-rw=on"]);
+    }
+    command.args(["-device", &virtio]);
     command
 }
 

@@ -83,7 +83,7 @@ pub enum VmError {
     /// There is no room for a function's registers.
     #[error("PCI: {0}")]
     NoRoom(#[from] NoRoom),
-    /// [`Vm::run`] without [`Vm::load`].
+    /// [`Vm::run`](super::Vm::run) without [`Vm::load`](super::Vm::load).
     #[error("no image was loaded")]
     NotLoaded,
 }

@@ -18,6 +18,47 @@ use pvkit_protocol::virtio::pci::{IsrStatus, NO_VECTOR, common};
 use pvkit_protocol::virtio::{DeviceStatus, Features};
 
 /// A device behind a PCI function.
+///
+/// ```no_run
+/// # #[cfg(target_arch = "x86_64")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use core::ptr::{self, NonNull};
+/// use pvkit_guest::dma::LinearSpace;
+/// use pvkit_guest::pci::{MemoryBar, MemoryPool, Msix, PciConfig};
+/// use pvkit_guest::register::{CpuPorts, MmioRegisters};
+/// use pvkit_guest::virtio::transport::PciTransport;
+/// use pvkit_guest::virtio::{Block, BlockOptions};
+///
+/// // SAFETY: this program may use ports, and nobody else uses these.
+/// let config = PciConfig::new(unsafe { CpuPorts::new() });
+/// // For windows that firmware left without an address.
+/// let mut free = MemoryPool::new(0xe000_0000, 0xefff_ffff);
+/// let map = |bar: MemoryBar| {
+///     let base = NonNull::new(ptr::with_exposed_provenance_mut(bar.base as usize))?;
+///     // SAFETY: all memory is identity mapped, and this part of it uncached;
+///     // nobody else uses the window.
+///     Some(unsafe { MmioRegisters::new(base, bar.size as usize) })
+/// };
+/// let disk = config.find(0x1af4, 0x1042).ok_or("no virtio-blk")?;
+/// let transport = PciTransport::new(&config, &disk, &mut free, map)?;
+/// let msix = Msix::enable(&config, disk.place, &mut free, map)?;
+/// // Vector 0 interrupts CPU 0 as its interrupt 0x40.
+/// msix.set(0, 0xfee0_0000, 0x40)?;
+/// // SAFETY: memory is identity mapped, for devices too.
+/// let space = unsafe { LinearSpace::new(0) };
+/// let options = BlockOptions {
+///     queue_vector: Some(0),
+///     ..BlockOptions::default()
+/// };
+/// // Buffers are boxed slices here, as in the tour of this crate.
+/// let transport = transport.with_msix(&msix);
+/// let (block, queue) = Block::open::<Box<[u8]>, _>(transport, space, options)?;
+/// # let _ = (block, queue);
+/// # Ok(())
+/// # }
+/// # #[cfg(not(target_arch = "x86_64"))]
+/// # fn main() {}
+/// ```
 #[derive(Debug)]
 pub struct PciTransport<R> {
     common: Structure<R>,

@@ -140,7 +140,7 @@ impl Machine {
                 let transport = MmioTransport::new(device, memory, executor, interrupts.clone());
                 (Box::new(transport.expect("event counters")), interrupts)
             }
-            Kind::Pci | Kind::PciIntx => {
+            Kind::Pci => {
                 let front = PciFront::new(device, memory, executor);
                 let interrupts = front.interrupts();
                 (Box::new(front), interrupts)

@@ -75,6 +75,55 @@ pub trait Doorbells: Send + fmt::Debug {
 ///
 /// The registers lie in base address register 0, of 64 bits; the MSI-X table
 /// and its pending bits in base address register 2, of 32 bits.
+///
+/// It is attached to a [`PciRoot`](crate::pci::PciRoot); a monitor that has
+/// firmware of its own leaves [`assign_memory`](crate::pci::assign_memory) to
+/// it.
+///
+/// ```
+/// use pvkit_host::disk::MemoryDisk;
+/// use pvkit_host::executor::{ThreadOptions, Threads};
+/// use pvkit_host::memory::GuestMemory;
+/// use pvkit_host::pci::{IntxLines, MemoryPool, Message, Messages, PciRoot, assign_memory};
+/// use pvkit_host::virtio::block::{Block, BlockOptions};
+/// use pvkit_host::virtio::transport::{PciOptions, PciTransport};
+/// use pvkit_protocol::pci::Bdf;
+/// use std::sync::{Arc, Mutex};
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+///
+/// /// Where interrupts go in this monitor.
+/// #[derive(Debug)]
+/// struct Interrupts;
+/// impl IntxLines for Interrupts {
+///     fn set_line(&self, _line: u8, _asserted: bool) {}
+/// }
+/// impl Messages for Interrupts {
+///     fn route(&self, _vector: u16, _message: Option<Message>) {}
+///     fn send(&self, _vector: u16, _message: Message) {}
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let map = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let memory = GuestMemory::new(Arc::new(map))?;
+/// let device = Block::new(Arc::new(MemoryDisk::new(64)), BlockOptions::default())?;
+/// let mut function = PciTransport::new(
+///     Box::new(device),
+///     memory,
+///     Box::new(Threads::new("disk", ThreadOptions::default())),
+///     Arc::new(Interrupts),
+///     PciOptions::default(),
+/// )?;
+/// let mut pool = MemoryPool::new(0xe000_0000, 0xf000_0000);
+/// assign_memory(&mut function, &mut pool)?;
+/// let root = PciRoot::new(Arc::new(Interrupts));
+/// root.attach(Bdf::new(2, 0), Arc::new(Mutex::new(function)))?;
+/// // The number of queues, in the common configuration.
+/// let mut queues = [0; 2];
+/// assert!(root.mmio_read(0xe000_0012, &mut queues));
+/// assert_eq!(queues, [1, 0]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct PciTransport {
     config: ConfigSpace,
