@@ -11,10 +11,19 @@ use pvkit_host::vmm;
 use pvkit_protocol::virtio::Features;
 use pvkit_workload::script::{Access, Completion};
 use std::io::{Seek, SeekFrom, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 fn skipped(why: &str) {
     let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
+}
+
+/// One machine at a time: where several share few processors and write their
+/// files at once, a disk takes longer, and a guest that polls it looks more
+/// often.
+fn alone() -> MutexGuard<'static, ()> {
+    static MACHINE: Mutex<()> = Mutex::new(());
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn settings(tsc_khz: u32) -> Settings {
@@ -55,6 +64,7 @@ const DEVICES: [DeviceKind; 4] = [
 
 #[test]
 fn every_device_works_in_our_monitor_and_ide_costs_what_it_must() {
+    let _alone = alone();
     let Ok(tsc_khz) = vmm::tsc_khz() else {
         return skipped("/dev/kvm cannot be opened");
     };
@@ -115,6 +125,7 @@ fn every_device_works_in_our_monitor_and_ide_costs_what_it_must() {
 
 #[test]
 fn the_same_image_works_in_qemu() {
+    let _alone = alone();
     let Ok(tsc_khz) = vmm::tsc_khz() else {
         return skipped("/dev/kvm cannot be opened");
     };
@@ -193,12 +204,19 @@ fn over_pci(settings: &Settings, in_qemu: Option<&pass::qemu::Qemu>) -> Vec<Meas
         );
         let features = Features::from_bits_retain(report.features.get());
         assert!(settings.allow.contains(features), "{row}: {features:?}");
-        // Reading the ISR status is what an interrupt by pin costs.
-        let reads = match settings.vectors {
-            Some(0) => report.interrupts.get(),
-            _ => 0,
-        };
-        assert_eq!(report.mmio_reads.get(), reads, "{row}");
+        let reads = report.mmio_reads.get();
+        if settings.vectors == Some(0) {
+            // Reading the ISR status is what an interrupt by pin costs, and
+            // the next one comes only after it: the timed part may begin or
+            // end between the two.
+            let interrupts = report.interrupts.get();
+            assert!(
+                reads.abs_diff(interrupts) <= 1,
+                "{row}: {reads} {interrupts}"
+            );
+        } else {
+            assert_eq!(reads, 0, "{row}");
+        }
         assert_eq!(report.mmio_writes.get(), 0, "{row}: but doorbells");
     }
     let last = pvkit_workload::pattern::Round(rows.len() as u32);
@@ -226,6 +244,7 @@ fn variants(tsc_khz: u32) -> [Settings; 4] {
 
 #[test]
 fn virtio_pci_works_in_our_monitor_with_every_ring_feature_and_by_pin() {
+    let _alone = alone();
     let Ok(tsc_khz) = vmm::tsc_khz() else {
         return skipped("/dev/kvm cannot be opened");
     };
@@ -236,6 +255,7 @@ fn virtio_pci_works_in_our_monitor_with_every_ring_feature_and_by_pin() {
 
 #[test]
 fn the_same_image_drives_qemu_s_virtio_pci() {
+    let _alone = alone();
     let Ok(tsc_khz) = vmm::tsc_khz() else {
         return skipped("/dev/kvm cannot be opened");
     };
@@ -251,6 +271,7 @@ fn the_same_image_drives_qemu_s_virtio_pci() {
 
 #[test]
 fn one_wrong_sector_fails_the_run() {
+    let _alone = alone();
     let Ok(tsc_khz) = vmm::tsc_khz() else {
         return skipped("/dev/kvm cannot be opened");
     };
