@@ -3,7 +3,7 @@
 
 use pvkit_bench::pass::{self, Measurement, Settings, Task};
 use pvkit_bench::plan::base_row;
-use pvkit_bench::row::{DeviceKind, Row};
+use pvkit_bench::row::{DeviceKind, Ring, Row};
 use pvkit_bench::test_file::TestFile;
 use pvkit_bench::{image, machine::Machine};
 use pvkit_host::disk::{FileDisk, FileOptions};
@@ -78,6 +78,14 @@ fn every_device_works_in_our_monitor_and_ide_costs_what_it_must() {
         }
         rows.push(row(device, Access::RandomWrite, Completion::Polled));
     }
+    rows.push(Row {
+        ring: Ring::Packed,
+        ..row(
+            DeviceKind::VirtioBlk,
+            Access::RandomWrite,
+            Completion::Interrupt,
+        )
+    });
     let tasks = tasks(&rows);
     let disk = FileDisk::open(file.path(), FileOptions::default()).unwrap();
     let measurements =
@@ -181,7 +189,10 @@ fn over_pci(settings: &Settings, in_qemu: Option<&pass::qemu::Qemu>) -> Vec<Meas
         (Access::RandomWrite, Completion::Interrupt),
         (Access::SequentialWrite, Completion::Polled),
     ]
-    .map(|(access, completion)| row(DeviceKind::VirtioBlkPci, access, completion));
+    .map(|(access, completion)| row(DeviceKind::VirtioBlkPci, access, completion))
+    .into_iter()
+    .flat_map(|row| [Ring::Split, Ring::Packed].map(|ring| Row { ring, ..row }));
+    let rows: Vec<Row> = rows.collect();
     let tasks = tasks(&rows);
     let measurements = match in_qemu {
         Some(qemu) => pass::qemu::run(qemu, image.path(), file.path(), &tasks, settings, &|_| {}),
@@ -204,6 +215,8 @@ fn over_pci(settings: &Settings, in_qemu: Option<&pass::qemu::Qemu>) -> Vec<Meas
         );
         let features = Features::from_bits_retain(report.features.get());
         assert!(settings.allow.contains(features), "{row}: {features:?}");
+        let packed = features.contains(Features::RING_PACKED);
+        assert_eq!(packed, row.ring == Ring::Packed, "{row}");
         let reads = report.mmio_reads.get();
         if settings.vectors == Some(0) {
             // Reading the ISR status is what an interrupt by pin costs, and
