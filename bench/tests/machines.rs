@@ -283,6 +283,36 @@ fn the_same_image_drives_qemu_s_virtio_pci() {
 }
 
 #[test]
+fn requests_are_used_in_order_here_and_in_a_qemu_that_can() {
+    let _alone = alone();
+    let Ok(tsc_khz) = vmm::tsc_khz() else {
+        return skipped("/dev/kvm cannot be opened");
+    };
+    let in_order = |settings| Settings {
+        in_order: true,
+        ..settings
+    };
+    let check = |measurements: &[Measurement]| {
+        for Measurement { report, .. } in measurements {
+            let features = Features::from_bits_retain(report.features.get());
+            assert!(features.contains(Features::IN_ORDER), "{features:?}");
+        }
+    };
+    for settings in variants(tsc_khz) {
+        check(&over_pci(&in_order(settings), None));
+    }
+    let software_kvm = Machine::look(&std::env::temp_dir(), tsc_khz).software_kvm;
+    let qemu = match pass::qemu::find(software_kvm) {
+        Ok(qemu) if qemu.has_in_order() => qemu,
+        Ok(qemu) => return skipped(&format!("{} has no in_order: 10.0 has", qemu.version)),
+        Err(error) => return skipped(&format!("{error:#}")),
+    };
+    for settings in variants(tsc_khz) {
+        check(&over_pci(&in_order(settings), Some(&qemu)));
+    }
+}
+
+#[test]
 fn one_wrong_sector_fails_the_run() {
     let _alone = alone();
     let Ok(tsc_khz) = vmm::tsc_khz() else {
