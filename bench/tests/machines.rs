@@ -202,17 +202,18 @@ fn over_pci(settings: &Settings, in_qemu: Option<&pass::qemu::Qemu>) -> Vec<Meas
         }
     }
     .unwrap();
+    let mut interrupts = 0;
     for Measurement { index, report, .. } in &measurements {
         let row = rows[*index];
         assert!(
             report.requests.get() > 0 && report.verified_bytes.get() > 0,
             "{row}"
         );
-        assert_eq!(
-            report.interrupts.get() > 0,
-            row.completion == Completion::Interrupt,
-            "{row}"
-        );
+        // A guest that finds a completion whenever it looks does not sleep.
+        interrupts += report.interrupts.get();
+        if row.completion == Completion::Polled {
+            assert_eq!(report.interrupts.get(), 0, "{row}");
+        }
         let features = Features::from_bits_retain(report.features.get());
         assert!(settings.allow.contains(features), "{row}: {features:?}");
         let packed = features.contains(Features::RING_PACKED);
@@ -232,6 +233,7 @@ fn over_pci(settings: &Settings, in_qemu: Option<&pass::qemu::Qemu>) -> Vec<Meas
         }
         assert_eq!(report.mmio_writes.get(), 0, "{row}: but doorbells");
     }
+    assert!(interrupts > 0, "nobody was ever interrupted");
     let last = pvkit_workload::pattern::Round(rows.len() as u32);
     assert!(file.verify(last).unwrap() > 0);
     measurements
