@@ -277,6 +277,40 @@ fn a_limit_of_file_sizes_fails_the_request_and_not_the_machine() {
 }
 
 #[test]
+fn four_devices_cost_less_than_eight_mebibytes() {
+    if !have_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = path(directory.path(), "guest", &elf(&Code::new().exit(0).0));
+    let disks: Vec<String> = ["virtio-mmio", "virtio-pci", "virtio-pci", "ide"]
+        .iter()
+        .enumerate()
+        .map(|(index, bus)| {
+            let name = format!("disk{index}.img");
+            let disk = path(directory.path(), &name, &[0; 1 << 20]);
+            format!("{disk},bus={bus}")
+        })
+        .collect();
+    let mut args = vec!["--kernel", kernel.as_str(), "--stats"];
+    for disk in &disks {
+        args.extend(["--disk", disk]);
+    }
+    let output = pvkit(&args);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    let mib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("memory besides the guest's: "))
+        .and_then(|line| line.strip_suffix(" MiB resident"))
+        .and_then(|mib| mib.parse::<f64>().ok())
+        .unwrap_or_else(|| panic!("no figure in {text}"));
+    println!("{mib} MiB with four devices");
+    assert!(mib > 0.1 && mib < 8.0, "{mib} MiB");
+    assert!(text.contains("exits: "), "{text}");
+}
+
+#[test]
 fn a_user_without_rights_is_told_how_to_get_them() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::os::unix::process::CommandExt;

@@ -13,6 +13,8 @@
 //! - [`mod@stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
+//! - [`conformance`] runs the same tests on every way in which both can come
+//!   together.
 //! - [`disk`] is a disk that holds requests back until it is told to go on.
 //! - [`hostile`] has a guest that writes what it likes, and a device that
 //!   lies.
@@ -23,6 +25,7 @@
 pub mod any;
 #[allow(unsafe_code)]
 pub mod arena;
+pub mod conformance;
 pub mod disk;
 #[allow(unsafe_code)]
 pub mod fuzz;
@@ -56,6 +59,8 @@ pub enum Kind {
     /// By virtio-pci, with a vector for configuration changes and one for the
     /// queue.
     Pci,
+    /// By virtio-pci without MSI-X: by the function's pin.
+    PciIntx,
 }
 
 /// A virtio block device, ready for a driver.
@@ -72,6 +77,7 @@ pub struct Join {
     pub interrupts: Arc<SignalCounter>,
     /// The machine, if the device is on PCI.
     pub pci: Option<VirtioPci>,
+    kind: Kind,
 }
 
 impl Join {
@@ -103,9 +109,13 @@ impl Join {
                 counters,
                 interrupts,
                 pci: None,
+                kind,
             };
         }
-        let options = PciOptions::default();
+        let options = match kind {
+            Kind::PciIntx => PciOptions::default().with_vectors(0),
+            _ => PciOptions::default(),
+        };
         let pci = VirtioPci::new(device, memory, executor, options);
         Self {
             arena,
@@ -113,6 +123,7 @@ impl Join {
             counters,
             interrupts: pci.interrupts.all.clone(),
             pci: Some(pci),
+            kind,
         }
     }
 
@@ -143,6 +154,12 @@ impl Join {
         };
         let mut free = pci.free();
         let transport = pci.transport(&mut free);
+        if self.kind == Kind::PciIntx {
+            return AnyTransport::Pci {
+                transport: Box::new(transport),
+                vectors: None,
+            };
+        }
         let msix = pci.msix(&mut free);
         AnyTransport::Pci {
             transport: Box::new(transport.with_msix(&msix)),

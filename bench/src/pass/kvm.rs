@@ -148,15 +148,19 @@ pub fn run(
     vm.add_ports(MARK_PORT, 4, port.clone());
     // The same disk twice on each transport: behind a worker that spins, and
     // one that does not.
+    let block = BlockOptions {
+        in_order: settings.in_order,
+        ..BlockOptions::default()
+    };
     for spin in [SPIN_US, 0] {
-        let device = Block::new(Arc::new(disk.clone()), BlockOptions::default())?;
+        let device = Block::new(Arc::new(disk.clone()), block.clone())?;
         let spin = Duration::from_micros(u64::from(spin));
         let threads = ThreadOptions {
             spin,
             ..ThreadOptions::default()
         };
         vm.add_virtio_mmio(Box::new(device), threads)?;
-        let device = Block::new(Arc::new(disk.clone()), BlockOptions::default())?;
+        let device = Block::new(Arc::new(disk.clone()), block.clone())?;
         let options = match settings.vectors {
             Some(vectors) => PciOptions::default().with_vectors(vectors),
             None => PciOptions::default(),

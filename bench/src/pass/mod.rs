@@ -51,6 +51,8 @@ pub struct Settings {
     /// MSI-X vectors of virtio functions; `None` for as many as the monitor
     /// gives them.
     pub vectors: Option<u16>,
+    /// Devices offer to use requests in their order, and drivers accept.
+    pub in_order: bool,
 }
 
 impl Settings {
@@ -62,6 +64,7 @@ impl Settings {
             duration,
             allow: Features::all(),
             vectors: None,
+            in_order: false,
         }
     }
 }
@@ -157,7 +160,8 @@ fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     // A fixed number of bytes, whatever the size of a request.
     job.verify.set((512 * 1024 / row.block_bytes).clamp(4, 64));
     job.seed.set(pattern::mix(u64::from(*round)));
-    let mut allow = settings.allow - Features::IN_ORDER;
+    let mut allow = settings.allow;
+    allow.set(Features::IN_ORDER, settings.in_order);
     if row.ring == Ring::Split {
         allow.remove(Features::RING_PACKED);
     }

@@ -33,6 +33,15 @@ pub struct Qemu {
 }
 
 impl Qemu {
+    /// Whether its virtio-blk can use requests in their order (since 10.0).
+    #[must_use]
+    pub fn has_in_order(&self) -> bool {
+        let help = Command::new(QEMU)
+            .args(["-device", "virtio-blk-pci,help"])
+            .output();
+        help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).contains(" in_order="))
+    }
+
     /// The same at its best (`iothread`), or as it comes.
     #[must_use]
     pub fn set_up(&self, iothread: bool) -> Self {
@@ -167,6 +176,9 @@ fn command(
 ) -> Command {
     let mut command = Command::new(QEMU);
     let mut virtio = "virtio-blk-pci,drive=disk,share-rw=on,disable-legacy=on,packed=on".to_owned();
+    if settings.in_order {
+        virtio.push_str(",in_order=on");
+    }
     if let Some(vectors) = settings.vectors {
         virtio.push_str(&format!(",vectors={vectors}"));
     }

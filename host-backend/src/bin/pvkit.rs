@@ -8,7 +8,7 @@ use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
 use pvkit_host::virtio::block::{Block, BlockOptions};
 use pvkit_host::virtio::transport::PciOptions;
-use pvkit_host::vmm::{Stop, Vm, VmOptions};
+use pvkit_host::vmm::{ExitCounts, Stop, Vm, VmOptions};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
@@ -66,6 +66,10 @@ struct Run {
     /// Stop the machine after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// When the machine has stopped, say on standard error how often it left
+    /// for user space, and what memory it took besides the guest's.
+    #[arg(long)]
+    stats: bool,
 }
 
 /// A number of bytes.
@@ -211,6 +215,23 @@ fn read_module(path: &Path, memory: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+fn print_stats(exits: &ExitCounts, own_bytes: Option<u64>) {
+    let by_reason = exits.by_reason();
+    let counts: Vec<String> = by_reason
+        .iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(reason, count)| format!("{reason} {count}"))
+        .collect();
+    eprintln!("exits: {} ({})", exits.total(), counts.join(", "));
+    match own_bytes {
+        Some(bytes) => {
+            let mib = bytes as f64 / f64::from(1 << 20);
+            eprintln!("memory besides the guest's: {mib:.1} MiB resident");
+        }
+        None => eprintln!("memory besides the guest's: /proc/self/smaps cannot be read"),
+    }
+}
+
 /// The limit of file sizes (`ulimit -f`) sends a signal that ends the program;
 /// handled, the write fails, and so the guest's request.
 extern "C" fn on_size_limit(
@@ -292,7 +313,12 @@ fn start(run: &Run) -> Result<ExitCode> {
                 stopper.stop();
             })?;
     }
-    match vm.run()? {
+    let (exits, footprint) = (vm.exits(), vm.footprint());
+    let stop = vm.run()?;
+    if run.stats {
+        print_stats(&exits.read(), footprint.at_stop());
+    }
+    match stop {
         Stop::DebugExit(code) => Ok(ExitCode::from(code)),
         Stop::PowerOff | Stop::Reset => Ok(ExitCode::SUCCESS),
         Stop::Requested => match run.timeout {

@@ -10,6 +10,7 @@
 mod bus;
 mod error;
 mod exits;
+mod footprint;
 #[allow(unsafe_code)]
 mod irq;
 mod msi;
@@ -23,6 +24,7 @@ mod x86_64;
 
 pub use error::VmError;
 pub use exits::{ExitCounters, ExitCounts};
+pub use footprint::Footprint;
 pub use power::{Stop, Stopper};
 pub use threads::{ThreadTime, kernel_worker_time, thread_time};
 pub use x86_64::LoadError;
@@ -133,6 +135,7 @@ pub struct Vm {
     mmio: Bus,
     mmio_places: Vec<MmioPlace>,
     exits: Arc<ExitCounters>,
+    footprint: Footprint,
     power: Arc<Power>,
     entry: Option<u64>,
     threads: VmThreads,
@@ -188,6 +191,7 @@ impl Vm {
         let fd = Arc::new(kvm.create_vm().map_err(call("create a machine"))?);
         let map = ram::allocate(options.memory_bytes)?;
         vcpu::set_up_machine(&fd, &map)?;
+        let footprint = Footprint::new(&map);
         let map = Arc::new(map);
         let memory = GuestMemory::new(map.clone()).map_err(|error| VmError::Memory {
             bytes: options.memory_bytes,
@@ -206,6 +210,7 @@ impl Vm {
             mmio: Bus::new(Space::Memory),
             mmio_places: Vec::new(),
             exits: Arc::default(),
+            footprint,
             power: power.clone(),
             entry: None,
             threads: VmThreads::default(),
@@ -243,6 +248,12 @@ impl Vm {
     #[must_use]
     pub fn threads(&self) -> VmThreads {
         self.threads.clone()
+    }
+
+    /// What the machine costs the host in memory, besides the guest's RAM.
+    #[must_use]
+    pub fn footprint(&self) -> Footprint {
+        self.footprint.clone()
     }
 
     /// A clone of this handle on guest memory as `vm-memory` knows it.
@@ -517,6 +528,7 @@ impl Vm {
             }
         }
         let stop = power.wait();
+        self.footprint.record();
         VcpuThread::end(running);
         Ok(stop)
     }

@@ -140,7 +140,8 @@ impl Machine {
                 let transport = MmioTransport::new(device, memory, executor, interrupts.clone());
                 (Box::new(transport.expect("event counters")), interrupts)
             }
-            Kind::Pci => {
+            // This guest always takes messages.
+            Kind::Pci | Kind::PciIntx => {
                 let front = PciFront::new(device, memory, executor);
                 let interrupts = front.interrupts();
                 (Box::new(front), interrupts)
