@@ -48,8 +48,10 @@ pub struct Join {
     pub arena: Arena,
     /// The device's registers.
     pub wire: Wire,
-    /// What the device's queue has done.
+    /// What the device's first queue has done.
     pub counters: Arc<BlockCounters>,
+    /// What each of its queues has done.
+    pub queue_counters: Vec<Arc<BlockCounters>>,
     /// Interrupts that the driver was sent.
     pub interrupts: Arc<SignalCounter>,
 }
@@ -71,6 +73,7 @@ impl Join {
         let arena = Arena::new(bytes);
         let device = Block::new(disk, options).expect("block options");
         let counters = device.counters();
+        let queue_counters = device.queue_counters();
         let interrupts = Arc::new(SignalCounter::default());
         let transport = HostTransport::new(
             Box::new(device),
@@ -83,6 +86,7 @@ impl Join {
             arena,
             wire: Wire::new(transport),
             counters,
+            queue_counters,
             interrupts,
         }
     }

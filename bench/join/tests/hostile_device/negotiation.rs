@@ -247,6 +247,13 @@ fn configurations_that_make_no_sense() {
     refused("size_max", config("size_max", 0), |device| {
         device.config.size_max.set(0);
     });
+    for exponent in [23, 31, 32, 63, 64, 255] {
+        let error = config("physical_block_exp", u64::from(exponent));
+        refused("topology", error, |device| {
+            device.features |= BlockFeatures::TOPOLOGY.into();
+            device.config.topology.physical_block_exp = exponent;
+        });
+    }
     // Config space that is not there at all reads as ones.
     refused("no config", config("capacity", u64::MAX), |device| {
         for offset in 0..0x100 {
@@ -305,6 +312,36 @@ fn configurations_that_are_odd_but_possible() {
     assert_eq!(refused.reason, Reason::Dma(too_long));
     assert_eq!(refused.buffer, Some(vec![7; 512]));
     assert_eq!(scene.arena.in_use(), held);
+    // Ranges of nothing, or of less than a block: not offered, then.
+    for (sectors, count, block, possible) in [
+        (8, 1, 4096, Some(8)),
+        (u32::MAX, u32::MAX, 4096, Some(u32::MAX - 7)),
+        (7, 1, 4096, None),
+        (0, 1, 512, None),
+        (8, 0, 512, None),
+    ] {
+        let mut scene = open(&|device| {
+            device.features |= (BlockFeatures::DISCARD | BlockFeatures::WRITE_ZEROES).into();
+            device.config.blk_size.set(block);
+            device.config.max_discard_sectors.set(sectors);
+            device.config.max_discard_seg.set(count);
+            device.config.max_write_zeroes_sectors.set(sectors);
+            device.config.max_write_zeroes_seg.set(count);
+        });
+        let limits = *scene.block.limits();
+        let discard = limits.discard.map(|limits| limits.max_sectors);
+        assert_eq!(discard, possible);
+        let zeroes = limits.write_zeroes.map(|limits| limits.max_sectors);
+        assert_eq!(zeroes, possible);
+        let (sector, count) = (0, 8);
+        let result = scene
+            .queue
+            .submit(BlockOp::Discard { sector, count }, None, 1);
+        match (possible, result) {
+            (Some(_), result) => result.unwrap(),
+            (None, result) => assert_eq!(result.unwrap_err().reason, Reason::Unsupported),
+        }
+    }
     // Fields of features that were not negotiated do not count.
     let mut scene = open(&|device| {
         device.features = Features::VERSION_1;
@@ -323,7 +360,15 @@ fn no_field_is_read_without_its_feature() {
         (BlockFeatures::SIZE_MAX, vec![0, 4, 8]),
         (BlockFeatures::SEG_MAX, vec![0, 4, 12]),
         (BlockFeatures::BLK_SIZE, vec![0, 4, 20]),
-        (BlockFeatures::all(), vec![0, 4, 8, 12, 20]),
+        (BlockFeatures::DISCARD, vec![0, 4, 36, 40, 44]),
+        (BlockFeatures::WRITE_ZEROES, vec![0, 4, 48, 52, 56]),
+        (BlockFeatures::SECURE_ERASE, vec![0, 4, 60, 64, 68]),
+        (BlockFeatures::TOPOLOGY, vec![0, 4, 24, 25, 26, 28]),
+        (BlockFeatures::LIFETIME, vec![0, 4]),
+        (BlockFeatures::CONFIG_WCE, vec![0, 4]),
+        // One queue only is opened.
+        (BlockFeatures::MQ, vec![0, 4]),
+        (BlockFeatures::ZONED, vec![0, 4]),
     ] {
         let arena = Arena::new(1 << 20);
         let wire = device(&arena, SECTORS);
