@@ -3,7 +3,7 @@
 use super::{SECTORS, Scene, open};
 use pvkit_guest::block::{BlockOp, BlockQueue, Reason};
 use pvkit_guest::dma::DmaError;
-use pvkit_guest::virtio::block::{Block, BlockOptions};
+use pvkit_guest::virtio::block::{Block, BlockOptions, WriteCacheError};
 use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::queue::QueueError;
 use pvkit_guest::virtio::transport::{MmioError, MmioTransport, ResetTimeout, Transport};
@@ -351,6 +351,74 @@ fn configurations_that_are_odd_but_possible() {
         device.config.size_max.set(0);
     });
     assert!(scene.works(5));
+}
+
+#[test]
+fn queues_that_are_not_there() {
+    let several = BlockOptions {
+        queues: 3,
+        ..BlockOptions::default()
+    };
+    let scene = |queues: u16| {
+        let arena = Arena::new(1 << 22);
+        let wire = device(&arena, SECTORS);
+        wire.device().features |= BlockFeatures::MQ.into();
+        wire.device().config.num_queues.set(queues);
+        (arena, wire)
+    };
+    let field = "num_queues";
+    let (arena, wire) = scene(0);
+    let error = Block::open_queues::<Vec<u8>, _>(transport(&wire), arena.space(), several);
+    assert_eq!(error.unwrap_err(), InitError::Config { field, value: 0 });
+    assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+    // Counted, and then absent: when sizes are chosen, or later.
+    for honest in 1..6 {
+        let (arena, wire) = scene(u16::MAX);
+        let mut reads = 0;
+        wire.device().lie(mmio::QUEUE_SIZE_MAX, move |size| {
+            reads += 1;
+            if reads > honest { 0 } else { size }
+        });
+        let error = Block::open_queues::<Vec<u8>, _>(transport(&wire), arena.space(), several);
+        let index = honest % 3;
+        let absent = InitError::Queue(QueueError::Absent { index });
+        assert_eq!(error.unwrap_err(), absent);
+        assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+    }
+    // Fewer after a reset.
+    let (arena, wire) = scene(3);
+    let (mut block, mut queues) =
+        Block::open_queues::<Vec<u8>, _>(transport(&wire), arena.space(), several).unwrap();
+    wire.device().config.num_queues.set(2);
+    let error = block.recover_queues(&mut queues, &mut |_| {});
+    assert_eq!(error.unwrap_err(), InitError::Config { field, value: 2 });
+    wire.device().config.num_queues.set(9);
+    block.recover_queues(&mut queues, &mut |_| {}).unwrap();
+    block.close_queues(queues, &mut |_| {}).unwrap();
+    assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+}
+
+#[test]
+fn a_write_cache_that_does_not_switch() {
+    let arena = Arena::new(1 << 20);
+    let wire = device(&arena, SECTORS);
+    wire.device().features |= BlockFeatures::CONFIG_WCE.into();
+    wire.device().config.writeback = 1;
+    let mut scene = Scene::on(arena, wire);
+    // This device ignores what is written to its configuration.
+    let ignored = WriteCacheError::Ignored;
+    assert_eq!(scene.block.set_write_cache(false), Err(ignored));
+    assert!(scene.block.write_cache());
+    scene.device().config.writeback = 0;
+    assert_eq!(scene.block.set_write_cache(false), Ok(()));
+    // Nor may it forget.
+    scene.device().config.writeback = 1;
+    let Scene { block, queue, .. } = &mut scene;
+    let error = block.recover(queue, &mut |_| {}).unwrap_err();
+    let (field, value) = ("writeback", 1);
+    assert_eq!(error, InitError::Config { field, value });
+    scene.device().config.writeback = 0;
+    scene.assert_recovers("a write cache", &[]);
 }
 
 #[test]
