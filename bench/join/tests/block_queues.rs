@@ -462,3 +462,14 @@ fn recovery_under_load_with_a_thread_for_each_queue() {
         recovery_under_load(ring, ThreadOptions::default());
     }
 }
+
+#[test]
+fn recovery_under_load_with_queues_that_share_threads() {
+    for (ring, threads) in rings(4).step_by(3).zip([1, 1, 2, 2, 3, 3]) {
+        let options = ThreadOptions {
+            threads,
+            ..ThreadOptions::default()
+        };
+        recovery_under_load(ring, options);
+    }
+}

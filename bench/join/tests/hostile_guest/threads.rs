@@ -25,6 +25,7 @@ fn threads() -> Box<Threads> {
     let options = ThreadOptions {
         spin: Duration::from_micros(20),
         budget: 16,
+        ..ThreadOptions::default()
     };
     Box::new(Threads::new("hostile", options))
 }
