@@ -66,6 +66,11 @@ fn bad_disks_are_named_and_left_alone() {
         &format!("{good},bus=scsi"),
         &["\"scsi\"", "virtio-mmio, virtio-pci and ide"],
     );
+    run(&format!("{good},queues=65"), &["\"65\"", "1 to 64"]);
+    run(
+        &format!("{good},bus=ide,queues=2"),
+        &["IDE", "queues=COUNT"],
+    );
     run("", &["path is missing"]);
     let ide = format!("{good},bus=ide");
     refuses(
