@@ -12,9 +12,9 @@ use crate::dma::{DmaBufMut, DmaError};
 use crate::fault::Fault;
 use thiserror::Error;
 
-pub use pvkit_protocol::virtio::block::{ID_BYTES, SECTOR_BYTES};
+pub use pvkit_protocol::virtio::block::{ID_BYTES, LIFETIME_BYTES, Lifetime, SECTOR_BYTES};
 
-/// What a request does. Its length is that of its buffer.
+/// What a request does. What moves data is as long as its buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BlockOp {
@@ -34,6 +34,34 @@ pub enum BlockOp {
     /// A shorter one ends at the first zero; devices such as QEMU's leave what
     /// the buffer held behind it.
     GetId,
+    /// Forgets sectors, which may hold anything until they are written again.
+    /// Takes no buffer.
+    Discard {
+        /// First sector (512 bytes each).
+        sector: u64,
+        /// How many.
+        count: u32,
+    },
+    /// Makes sectors read as zeroes. Takes no buffer.
+    WriteZeroes {
+        /// First sector (512 bytes each).
+        sector: u64,
+        /// How many.
+        count: u32,
+        /// The disk may deallocate them.
+        unmap: bool,
+    },
+    /// Makes the content of sectors impossible to get back, also from the
+    /// medium. Takes no buffer.
+    SecureErase {
+        /// First sector (512 bytes each).
+        sector: u64,
+        /// How many.
+        count: u32,
+    },
+    /// Reads how worn the medium is into a buffer of exactly
+    /// [`LIFETIME_BYTES`] bytes, for [`Lifetime::from_bytes`].
+    GetLifetime,
 }
 
 /// What a disk can do.
@@ -55,6 +83,50 @@ pub struct BlockLimits {
     pub max_segment_bytes: u32,
     /// Longest request in bytes.
     pub max_bytes: u32,
+    /// Limits of [`BlockOp::Discard`], if the disk does it.
+    pub discard: Option<RangeLimits>,
+    /// Limits of [`BlockOp::WriteZeroes`], if the disk does it.
+    pub write_zeroes: Option<ZeroesLimits>,
+    /// Limits of [`BlockOp::SecureErase`], if the disk does it.
+    pub secure_erase: Option<RangeLimits>,
+    /// The disk says how worn it is ([`BlockOp::GetLifetime`]).
+    pub lifetime: bool,
+    /// How the medium would like to be accessed, if the disk says so.
+    pub topology: Option<Topology>,
+}
+
+/// Limits of a discard or a secure erase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RangeLimits {
+    /// Longest range, in sectors.
+    pub max_sectors: u32,
+    /// Ranges that start and end at multiples of so many sectors have the most
+    /// effect; others are no error.
+    pub alignment_sectors: u32,
+}
+
+/// Limits of a write zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ZeroesLimits {
+    /// Longest range, in sectors.
+    pub max_sectors: u32,
+    /// The disk may deallocate sectors if that is asked for.
+    pub may_unmap: bool,
+}
+
+/// How a medium would like to be accessed, in bytes. Nothing fails if these
+/// hints are not followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Topology {
+    /// What the medium writes at once: a power of two, not less than the block
+    /// size.
+    pub physical_block_bytes: u32,
+    /// Where the first physical block starts.
+    pub alignment_offset_bytes: u64,
+    /// Requests should not be smaller; 0 if the disk does not say.
+    pub min_io_bytes: u64,
+    /// The best size of long transfers; 0 if the disk does not say.
+    pub opt_io_bytes: u64,
 }
 
 /// How a request ended.
@@ -148,6 +220,14 @@ pub enum Reason {
         /// Longest request in bytes.
         max: u32,
     },
+    /// A discard or the like is longer than the disk does at once.
+    #[error("{count} sectors are more than {max}")]
+    TooManySectors {
+        /// Sectors asked for.
+        count: u32,
+        /// The disk's limit.
+        max: u32,
+    },
     /// The operation needs a buffer, takes none, or takes one of a fixed
     /// length.
     #[error("the operation takes a buffer of {expected} bytes, not of {bytes}")]
@@ -217,8 +297,58 @@ impl BlockLimits {
                 bytes,
                 expected: ID_BYTES,
             }),
-            BlockOp::Flush | BlockOp::GetId => Ok(()),
+            BlockOp::GetLifetime if !self.lifetime => Err(Reason::Unsupported),
+            BlockOp::GetLifetime if bytes != LIFETIME_BYTES => Err(Reason::Buffer {
+                bytes,
+                expected: LIFETIME_BYTES,
+            }),
+            BlockOp::Flush | BlockOp::GetId | BlockOp::GetLifetime => Ok(()),
+            BlockOp::Discard { .. } | BlockOp::WriteZeroes { .. } | BlockOp::SecureErase { .. }
+                if self.read_only =>
+            {
+                Err(Reason::ReadOnly)
+            }
+            BlockOp::Discard { sector, count } => {
+                let max = self.discard.map(|limits| limits.max_sectors);
+                self.check_range(sector, count, max, buffer)
+            }
+            BlockOp::WriteZeroes { sector, count, .. } => {
+                let max = self.write_zeroes.map(|limits| limits.max_sectors);
+                self.check_range(sector, count, max, buffer)
+            }
+            BlockOp::SecureErase { sector, count } => {
+                let max = self.secure_erase.map(|limits| limits.max_sectors);
+                self.check_range(sector, count, max, buffer)
+            }
         }
+    }
+
+    /// Checks an operation that has a range and no data. `max` is its limit in
+    /// sectors, if the disk does it.
+    fn check_range(
+        &self,
+        sector: u64,
+        count: u32,
+        max: Option<u32>,
+        buffer: Option<usize>,
+    ) -> Result<(), Reason> {
+        let max = max.ok_or(Reason::Unsupported)?;
+        if let Some(bytes) = buffer {
+            return Err(Reason::Buffer { bytes, expected: 0 });
+        }
+        if count > max {
+            return Err(Reason::TooManySectors { count, max });
+        }
+        let mask = (u64::from(self.block_bytes) / SECTOR_BYTES).wrapping_sub(1);
+        let sectors = u64::from(count);
+        if count == 0 || (sectors | sector) & mask != 0 {
+            return Err(Reason::Unaligned {
+                sector,
+                bytes: (count as usize).saturating_mul(SECTOR_BYTES as usize),
+                block_bytes: self.block_bytes,
+            });
+        }
+        self.check_end(sector, sectors)
     }
 
     /// Checks a read or write against the limits.
@@ -241,7 +371,10 @@ impl BlockLimits {
                 max: self.max_bytes,
             });
         }
-        let count = bytes as u64 / SECTOR_BYTES;
+        self.check_end(sector, bytes as u64 / SECTOR_BYTES)
+    }
+
+    fn check_end(&self, sector: u64, count: u64) -> Result<(), Reason> {
         if sector
             .checked_add(count)
             .is_none_or(|end| end > self.capacity)

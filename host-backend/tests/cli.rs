@@ -66,6 +66,11 @@ fn bad_disks_are_named_and_left_alone() {
         &format!("{good},bus=scsi"),
         &["\"scsi\"", "virtio-mmio, virtio-pci and ide"],
     );
+    run(&format!("{good},queues=65"), &["\"65\"", "1 to 64"]);
+    run(
+        &format!("{good},bus=ide,queues=2"),
+        &["IDE", "queues=COUNT"],
+    );
     run("", &["path is missing"]);
     let ide = format!("{good},bus=ide");
     refuses(
@@ -212,9 +217,9 @@ fn a_size_that_direct_io_cannot_have_is_named() {
     assert!(words.iter().all(|word| text.contains(word)), "{text}");
 }
 
-/// A guest that writes sector 16 of its disk, and ends with the request's
+/// A guest that writes sector 16 of its disk by a queue, and ends with the request's
 /// status.
-fn writer() -> Code {
+fn writer(queue: u32) -> Code {
     const REGISTERS: u32 = 0xd000_0000;
     let (table, avail, used) = (0x20_0000, 0x20_1000, 0x20_2000);
     let (header, data, status) = (0x20_3000, 0x20_4000, 0x20_5000);
@@ -235,21 +240,47 @@ fn writer() -> Code {
     for (register, value) in [
         (mmio::STATUS, 0),
         (mmio::STATUS, 3),
-        (mmio::DRIVER_FEATURES, 1 << 9), // FLUSH
+        // FLUSH, and MQ for all queues but the first.
+        (mmio::DRIVER_FEATURES, 1 << 9 | u32::from(queue > 0) << 12),
         (mmio::DRIVER_FEATURES_SEL, 1),
         (mmio::DRIVER_FEATURES, 1), // VERSION_1
         (mmio::STATUS, 11),
+        (mmio::QUEUE_SEL, queue),
         (mmio::QUEUE_SIZE, 4),
         (mmio::QUEUE_DESC_LOW, table),
         (mmio::QUEUE_DRIVER_LOW, avail),
         (mmio::QUEUE_DEVICE_LOW, used),
         (mmio::QUEUE_READY, 1),
         (mmio::STATUS, 15),
-        (mmio::QUEUE_NOTIFY, 0),
+        (mmio::QUEUE_NOTIFY, queue),
     ] {
         code = code.store(REGISTERS + register as u32, value);
     }
     code.wait_while8(status, 0xff).exit_with(status)
+}
+
+#[test]
+fn every_queue_of_a_disk_is_served() {
+    if !have_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for queue in [0, 1, 3] {
+        let kernel = path(directory.path(), "guest", &elf(&writer(queue).0));
+        let disk = path(directory.path(), "disk.img", &[0; 64 * 1024]);
+        let output = pvkit(&[
+            "--timeout",
+            "20",
+            "--kernel",
+            &kernel,
+            "--disk",
+            &format!("{disk},queues=4"),
+        ]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        let code = i32::from(block::status::OK);
+        assert_eq!(output.status.code(), Some(code), "queue {queue}: {text}");
+        assert_eq!(text, "");
+    }
 }
 
 #[test]
@@ -258,7 +289,7 @@ fn a_limit_of_file_sizes_fails_the_request_and_not_the_machine() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let kernel = path(directory.path(), "guest", &elf(&writer().0));
+    let kernel = path(directory.path(), "guest", &elf(&writer(0).0));
     let disk = path(directory.path(), "disk.img", &[0; 64 * 1024]);
     for (limit, expected) in [
         ("unlimited", block::status::OK),

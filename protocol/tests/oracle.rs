@@ -4,13 +4,16 @@
 
 use pvkit_protocol::pvh;
 use pvkit_protocol::virtio::block::{
-    BlockConfig, BlockFeatures, Geometry, ID_BYTES, RequestHeader, RequestType, Topology, status,
+    BlockConfig, BlockFeatures, Geometry, ID_BYTES, LIFETIME_BYTES, Lifetime, RANGE_BYTES,
+    RangeFlags, RangeSegment, RequestHeader, RequestType, Topology, status,
 };
 use pvkit_protocol::virtio::packed::{self, Event, PackedDescriptor, PackedFlags, PackedPosition};
 use pvkit_protocol::virtio::split::{self, Descriptor, DescriptorFlags, QueueSize, UsedElement};
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
 use std::mem::{offset_of, size_of};
-use virtio_bindings::bindings::virtio_blk::{virtio_blk_config, virtio_blk_outhdr};
+use virtio_bindings::bindings::virtio_blk::{
+    virtio_blk_config, virtio_blk_discard_write_zeroes, virtio_blk_outhdr,
+};
 use virtio_bindings::bindings::virtio_ring::{vring_desc, vring_used_elem};
 use virtio_bindings::{
     virtio_blk as blk, virtio_config as cfg, virtio_mmio as reg, virtio_ring as ring,
@@ -270,6 +273,30 @@ fn block_device() {
         offset_of!(RequestHeader, sector),
         offset_of!(virtio_blk_outhdr, sector)
     );
+
+    assert_eq!(
+        RANGE_BYTES,
+        size_of::<virtio_blk_discard_write_zeroes>(),
+        "a range"
+    );
+    assert_eq!(
+        offset_of!(RangeSegment, num_sectors),
+        offset_of!(virtio_blk_discard_write_zeroes, num_sectors)
+    );
+    assert_eq!(
+        offset_of!(RangeSegment, flags),
+        offset_of!(virtio_blk_discard_write_zeroes, flags)
+    );
+    assert_eq!(
+        RangeFlags::UNMAP.bits(),
+        blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+    );
+    // What the headers do not have, as §5.2.3 and §5.2.6 print it.
+    assert_eq!(BlockFeatures::LIFETIME.bits(), 1 << 15);
+    assert_eq!(RequestType::GET_LIFETIME.0, 10);
+    assert_eq!(LIFETIME_BYTES, 6);
+    let lifetime = Lifetime::from_bytes([1, 0, 2, 0, 11, 0]);
+    assert_eq!(lifetime, Lifetime::new(1, 2, 11));
 
     macro_rules! same_offset {
         ($($ours:ident = $theirs:ident),* $(,)?) => {

@@ -71,8 +71,10 @@ pub struct Join {
     /// The device's registers. On PCI they are reached through
     /// [`pci`](Join::pci), and this counts.
     pub wire: AnyWire,
-    /// What the device's queue has done.
+    /// What the device's first queue has done.
     pub counters: Arc<BlockCounters>,
+    /// What each of its queues has done.
+    pub queue_counters: Vec<Arc<BlockCounters>>,
     /// Interrupts that the driver was sent.
     pub interrupts: Arc<SignalCounter>,
     /// The machine, if the device is on PCI.
@@ -98,6 +100,7 @@ impl Join {
         let arena = Arena::new(bytes);
         let device = Block::new(disk, options).expect("block options");
         let counters = device.counters();
+        let queue_counters = device.queue_counters();
         let device = Box::new(device);
         let memory = arena.guest_memory().clone();
         if kind == Kind::Mmio {
@@ -107,6 +110,7 @@ impl Join {
                 arena,
                 wire: Wire::new(Box::new(transport.expect("event counters"))),
                 counters,
+                queue_counters,
                 interrupts,
                 pci: None,
                 kind,
@@ -121,6 +125,7 @@ impl Join {
             arena,
             wire: pci.wire.clone(),
             counters,
+            queue_counters,
             interrupts: pci.interrupts.all.clone(),
             pci: Some(pci),
             kind,

@@ -61,6 +61,14 @@ pub enum InitError {
     /// It did not become ready: the status after DRIVER_OK was this.
     #[error("the device broke while it was set up: status {0:?}")]
     NotReady(DeviceStatus),
+    /// Some queues of the device are missing: a reset is about all of them.
+    #[error("{given} queues were handed in, and the device has {open}")]
+    Queues {
+        /// Queues that were handed in.
+        given: usize,
+        /// Queues that the driver opened.
+        open: u16,
+    },
     /// The queue that was handed in belongs to another device.
     #[error("the queue belongs to another device")]
     ForeignQueue,

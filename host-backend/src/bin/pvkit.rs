@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use pvkit_host::disk::{Disk, FileDisk, FileOptions};
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
-use pvkit_host::virtio::block::{Block, BlockOptions};
+use pvkit_host::virtio::block::{Block, BlockOptions, MAX_QUEUES};
 use pvkit_host::virtio::transport::PciOptions;
 use pvkit_host::vmm::{ExitCounts, Stop, Vm, VmOptions};
 use std::fs::File;
@@ -50,8 +50,13 @@ struct Run {
     /// in the path is written twice). `ro`: read-only. `direct`: bypass the
     /// page cache. `id=TEXT`: serial number, up to 20 bytes. What
     /// the guest sees: `bus=virtio-mmio` (the default, also called `virtio`),
-    /// `bus=virtio-pci` or `bus=ide`; there can be two on IDE.
-    #[arg(long, value_name = "PATH[,ro][,direct][,id=TEXT][,bus=BUS]")]
+    /// `bus=virtio-pci` or `bus=ide`; there can be two on IDE. `queues=COUNT`
+    /// (virtio only): request queues, each with a thread of its own; 1 unless
+    /// said otherwise.
+    #[arg(
+        long,
+        value_name = "PATH[,ro][,direct][,id=TEXT][,bus=BUS][,queues=COUNT]"
+    )]
     disk: Vec<DiskArg>,
     /// Memory, in bytes or with KiB, MiB, GiB.
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
@@ -105,6 +110,7 @@ struct DiskArg {
     file: FileOptions,
     id: Option<String>,
     bus: Bus,
+    queues: Option<u16>,
 }
 
 /// How the guest reaches a disk.
@@ -132,6 +138,7 @@ impl FromStr for DiskArg {
             file: FileOptions::default(),
             id: None,
             bus: Bus::VirtioMmio,
+            queues: None,
         };
         for option in parts {
             match option.split_once('=') {
@@ -152,13 +159,23 @@ impl FromStr for DiskArg {
                         "there is no bus {bus:?}: virtio-mmio, virtio-pci and ide are"
                     ));
                 }
+                Some(("queues", count)) => {
+                    let number = count.parse().ok();
+                    let possible = number.filter(|n| (1..=MAX_QUEUES).contains(n));
+                    disk.queues = Some(possible.ok_or_else(|| {
+                        format!("{count:?} is no number of queues: 1 to {MAX_QUEUES} are")
+                    })?);
+                }
                 _ => {
                     return Err(format!(
-                        "{option:?} is no option: ro, direct, id=TEXT and bus=BUS are \
-                         (a comma in the path is written twice)"
+                        "{option:?} is no option: ro, direct, id=TEXT, bus=BUS and queues=COUNT \
+                         are (a comma in the path is written twice)"
                     ));
                 }
             }
+        }
+        if disk.bus == Bus::Ide && disk.queues.is_some() {
+            return Err("an IDE disk has no queues: leave out queues=COUNT or bus=ide".to_owned());
         }
         Ok(disk)
     }
@@ -283,6 +300,7 @@ fn start(run: &Run) -> Result<ExitCode> {
         match arg.bus {
             Bus::VirtioMmio | Bus::VirtioPci => {
                 let options = BlockOptions {
+                    queues: arg.queues.unwrap_or(1),
                     id,
                     ..BlockOptions::default()
                 };
@@ -374,6 +392,8 @@ mod tests {
         ] {
             assert_eq!(parse(&format!("a,bus={name}")).unwrap().bus, bus);
         }
+        assert_eq!(parse("a,queues=4").unwrap().queues, Some(4));
+        assert_eq!(parse("a").unwrap().queues, None);
         assert_eq!(parse("plain.img").unwrap().file, FileOptions::default());
         for (text, word) in [
             ("", "path"),
@@ -383,6 +403,11 @@ mod tests {
             ("a,ro=1", "\"ro=1\""),
             ("a,bus=scsi", "\"scsi\""),
             ("a,id=123456789012345678901", "21 bytes"),
+            ("a,queues", "\"queues\""),
+            ("a,queues=0", "1 to 64"),
+            ("a,queues=65", "1 to 64"),
+            ("a,queues=many", "\"many\""),
+            ("a,queues=2,bus=ide", "IDE"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");

@@ -1,17 +1,30 @@
 //! A disk in the host's memory: for tests, and for scratch disks.
 #![forbid(unsafe_code)]
 
-use super::{Disk, DiskError, DiskLane, DiskOp, DiskRequest, DiskShape, SECTOR_BYTES, Submit};
+use super::{
+    Disk, DiskError, DiskLane, DiskOp, DiskRequest, DiskShape, Lifetime, RangeLimits, SECTOR_BYTES,
+    Submit, Topology, ZeroesLimits,
+};
 use crate::worker::Interest;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A disk in memory, zeroed when it is made. Every request is done at once.
+///
+/// It can do all that a disk can: what is discarded or erased is zeroes from
+/// then on, and nothing else is left of it.
 #[derive(Debug, Clone)]
 pub struct MemoryDisk {
     shape: DiskShape,
+    lifetime: Option<Lifetime>,
     bytes: Arc<Mutex<Vec<u8>>>,
 }
+
+/// Requests wait for each other, so none may take too long.
+const RANGE: RangeLimits = RangeLimits {
+    max_sectors: (64 << 20) / SECTOR_BYTES as u32,
+    granularity_sectors: 1,
+};
 
 impl MemoryDisk {
     /// A disk of so many sectors of 512 bytes.
@@ -28,10 +41,15 @@ impl MemoryDisk {
         bytes.truncate((sectors * SECTOR_BYTES) as usize);
         Self {
             shape: DiskShape {
-                sectors,
-                block_bytes: SECTOR_BYTES as u32,
-                read_only: false,
+                discard: Some(RANGE),
+                write_zeroes: Some(ZeroesLimits {
+                    max_sectors: RANGE.max_sectors,
+                    may_unmap: false,
+                }),
+                secure_erase: Some(RANGE),
+                ..DiskShape::new(sectors)
             },
+            lifetime: None,
             bytes: Arc::new(Mutex::new(bytes)),
         }
     }
@@ -50,6 +68,31 @@ impl MemoryDisk {
         self
     }
 
+    /// The same disk, which can only read, write and flush.
+    #[must_use]
+    pub fn plain(mut self) -> Self {
+        self.shape.discard = None;
+        self.shape.write_zeroes = None;
+        self.shape.secure_erase = None;
+        self
+    }
+
+    /// The same disk, which shows this topology: for trying what a guest makes
+    /// of it.
+    #[must_use]
+    pub fn with_topology(mut self, topology: Topology) -> Self {
+        self.shape.topology = Some(topology);
+        self
+    }
+
+    /// The same disk, which says that it is so worn: for trying what a guest
+    /// makes of it.
+    #[must_use]
+    pub fn with_lifetime(mut self, lifetime: Lifetime) -> Self {
+        self.lifetime = Some(lifetime);
+        self
+    }
+
     /// The content, for looking at and changing. Requests wait meanwhile.
     pub fn contents(&self) -> MutexGuard<'_, Vec<u8>> {
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
@@ -59,6 +102,10 @@ impl MemoryDisk {
 impl Disk for MemoryDisk {
     fn shape(&self) -> DiskShape {
         self.shape
+    }
+
+    fn lifetime(&self) -> Option<Lifetime> {
+        self.lifetime
     }
 
     fn lane(&self, _depth: u16) -> Result<Box<dyn DiskLane>, DiskError> {
@@ -71,23 +118,28 @@ struct MemoryLane(MemoryDisk);
 
 impl MemoryLane {
     fn run(&self, request: &DiskRequest<'_>) -> Result<(), DiskError> {
-        let count = request.data.bytes();
-        self.0.shape.check(request.op, request.sector, count)?;
-        let write = match request.op {
-            DiskOp::Read => false,
-            DiskOp::Write { .. } => true,
-            DiskOp::Flush => return Ok(()),
+        let DiskRequest { op, sector, data } = *request;
+        self.0.shape.check(op, sector, data.bytes())?;
+        let count = match op.sectors() {
+            Some(sectors) => sectors * SECTOR_BYTES,
+            None => data.bytes(),
         };
-        let start = (request.sector * SECTOR_BYTES) as usize;
+        if op == DiskOp::Flush {
+            return Ok(());
+        }
+        let start = (sector * SECTOR_BYTES) as usize;
         let mut bytes = self.0.contents();
         // In range: `check` said so, and the length never changes.
         let Some(range) = bytes.get_mut(start..start + count as usize) else {
             return Err(DiskError::Truncated);
         };
-        if write {
-            request.data.gather(range);
-        } else {
-            request.data.scatter(range);
+        match op {
+            DiskOp::Read => _ = data.scatter(range),
+            DiskOp::Write { .. } => _ = data.gather(range),
+            DiskOp::Flush => {}
+            DiskOp::Discard { .. } | DiskOp::WriteZeroes { .. } | DiskOp::SecureErase { .. } => {
+                range.fill(0);
+            }
         }
         Ok(())
     }

@@ -7,9 +7,11 @@
 
 mod file;
 mod memory;
+mod shape;
 
 pub use file::{FileDisk, FileOptions, OpenError};
 pub use memory::MemoryDisk;
+pub use shape::{DiskShape, RangeLimits, Topology, ZeroesLimits};
 
 use crate::memory::IoBufs;
 use crate::worker::Interest;
@@ -19,18 +21,6 @@ use thiserror::Error;
 
 /// Bytes of the sectors that requests count in.
 pub const SECTOR_BYTES: u64 = 512;
-
-/// What a disk looks like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DiskShape {
-    /// Size in sectors of 512 bytes.
-    pub sectors: u64,
-    /// Requests start and end at multiples of this many bytes; a power of two,
-    /// at least 512.
-    pub block_bytes: u32,
-    /// Writes fail.
-    pub read_only: bool,
-}
 
 /// What a request does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +33,30 @@ pub enum DiskOp {
         fua: bool,
     },
     /// Makes every write durable that has completed, on any lane, before the
-    /// flush was submitted. Takes no buffers, and its sector means nothing.
+    /// flush was submitted; zeroes and erasure are writes, too. Takes no
+    /// buffers, and its sector means nothing.
     Flush,
+    /// Forgets sectors: what they read as is anybody's guess until they are
+    /// written. Takes no buffers.
+    Discard {
+        /// How many.
+        sectors: u64,
+    },
+    /// Makes sectors read as zeroes. Takes no buffers.
+    WriteZeroes {
+        /// How many.
+        sectors: u64,
+        /// They may lose their place on the medium.
+        unmap: bool,
+        /// Force unit access: durable when it completes.
+        fua: bool,
+    },
+    /// Makes the content of sectors impossible to get back, also from the
+    /// medium; durable when it completes. Takes no buffers.
+    SecureErase {
+        /// How many.
+        sectors: u64,
+    },
 }
 
 /// One request.
@@ -54,7 +66,8 @@ pub struct DiskRequest<'a> {
     pub op: DiskOp,
     /// First sector; any number for a flush.
     pub sector: u64,
-    /// The data; its length says how much is read or written.
+    /// The data; its length says how much is read or written. Empty for
+    /// everything else.
     pub data: &'a IoBufs,
 }
 
@@ -94,6 +107,17 @@ pub enum DiskError {
         /// The disk's block size.
         block_bytes: u32,
     },
+    /// A discard or the like is longer than the disk does at once.
+    #[error("{sectors} sectors are more than the {max} that the disk does at once")]
+    TooLong {
+        /// Length in sectors.
+        sectors: u64,
+        /// The disk's limit.
+        max: u64,
+    },
+    /// The disk cannot do this.
+    #[error("the disk does not support the operation")]
+    Unsupported,
     /// A write to a read-only disk.
     #[error("the disk is read-only")]
     ReadOnly,
@@ -105,10 +129,30 @@ pub enum DiskError {
     Truncated,
 }
 
+/// How worn a medium is, in the numbers of JEDEC's eMMC (JESD84-B51); 0 is
+/// "not known" in all three.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Lifetime {
+    /// Reserved blocks in use: 1 for less than 80 %, 2 from there on, 3 from
+    /// 90 % on.
+    pub pre_eol: u16,
+    /// Wear of the cells of type A (SLC), in tenths of their life, rounded up;
+    /// 11 for beyond it.
+    pub type_a: u16,
+    /// The same for cells of type B (MLC).
+    pub type_b: u16,
+}
+
 /// A disk.
 pub trait Disk: Send + Sync + fmt::Debug {
     /// What it looks like.
     fn shape(&self) -> DiskShape;
+
+    /// How worn its medium is, as it says itself. `None` if it does not say;
+    /// then it never does. May read a file.
+    fn lifetime(&self) -> Option<Lifetime> {
+        None
+    }
 
     /// Opens a lane for up to `depth` requests in flight. Tags are below
     /// `depth`.
@@ -138,66 +182,15 @@ pub trait DiskLane: Send + fmt::Debug {
     fn sources<'a>(&'a self, each: &mut dyn FnMut(BorrowedFd<'a>, Interest));
 }
 
-impl DiskShape {
-    /// Checks a request against the disk.
-    ///
-    /// # Errors
-    /// The [`DiskError`] that it ends with.
-    pub fn check(&self, op: DiskOp, sector: u64, bytes: u64) -> Result<(), DiskError> {
-        if self.read_only && matches!(op, DiskOp::Write { .. }) {
-            return Err(DiskError::ReadOnly);
+impl DiskOp {
+    /// The length of an operation that has its own, in sectors.
+    #[must_use]
+    pub const fn sectors(self) -> Option<u64> {
+        match self {
+            Self::Discard { sectors }
+            | Self::WriteZeroes { sectors, .. }
+            | Self::SecureErase { sectors } => Some(sectors),
+            Self::Read | Self::Write { .. } | Self::Flush => None,
         }
-        if op == DiskOp::Flush {
-            return Ok(());
-        }
-        let block_bytes = self.block_bytes;
-        let byte_mask = u64::from(block_bytes) - 1;
-        let sector_mask = u64::from(block_bytes) / SECTOR_BYTES - 1;
-        if bytes & byte_mask != 0 || sector & sector_mask != 0 {
-            return Err(DiskError::Unaligned {
-                sector,
-                bytes,
-                block_bytes,
-            });
-        }
-        let end = sector.checked_add(bytes / SECTOR_BYTES);
-        if end.is_none_or(|end| end > self.sectors) {
-            return Err(DiskError::OutOfRange {
-                sector,
-                bytes,
-                sectors: self.sectors,
-            });
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_blocks_and_writes_are_checked() {
-        let disk = DiskShape {
-            sectors: 16,
-            block_bytes: 4096,
-            read_only: true,
-        };
-        disk.check(DiskOp::Read, 8, 4096).unwrap();
-        disk.check(DiskOp::Read, 16, 0).unwrap();
-        for (op, sector, bytes) in [
-            (DiskOp::Read, 8, 8192),
-            (DiskOp::Read, 4, 4096),
-            (DiskOp::Read, 8, 512),
-            (DiskOp::Read, u64::MAX - 7, 4096),
-            (DiskOp::Read, 0, u64::MAX),
-            (DiskOp::Write { fua: false }, 0, 4096),
-        ] {
-            assert!(
-                disk.check(op, sector, bytes).is_err(),
-                "{op:?} {sector} {bytes}"
-            );
-        }
-        disk.check(DiskOp::Flush, 99, 0).unwrap();
     }
 }

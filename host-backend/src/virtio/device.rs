@@ -74,6 +74,11 @@ pub trait Device: Send + fmt::Debug {
     /// Where to send news. Called once, before anything else.
     fn connect(&mut self, events: Arc<dyn DeviceEvents>);
 
+    /// The driver accepted features, all of them offered: FEATURES_OK is set.
+    fn negotiated(&mut self, features: Features) {
+        let _ = features;
+    }
+
     /// Reads configuration space. Bytes beyond its end read as 0.
     fn read_config(&self, offset: u32, out: &mut [u8]);
 

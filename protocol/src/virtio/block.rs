@@ -139,7 +139,8 @@ pub struct BlockConfig {
     pub blk_size: U32,
     /// With [`BlockFeatures::TOPOLOGY`].
     pub topology: Topology,
-    /// 1 for write-back, with [`BlockFeatures::CONFIG_WCE`].
+    /// With [`BlockFeatures::CONFIG_WCE`]: [`WRITEBACK`] or [`WRITETHROUGH`].
+    /// The only field that the driver may write.
     pub writeback: u8,
     /// Not used.
     pub unused0: u8,
@@ -166,6 +167,12 @@ pub struct BlockConfig {
     /// Alignment of secure erase ranges, in sectors.
     pub secure_erase_sector_alignment: U32,
 }
+
+/// [`BlockConfig::writeback`]: writes are durable once a flush that was sent
+/// after their completion has completed (§5.2.6.2).
+pub const WRITEBACK: u8 = 1;
+/// [`BlockConfig::writeback`]: writes are durable when they complete.
+pub const WRITETHROUGH: u8 = 0;
 
 /// Kinds of request (§5.2.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -236,6 +243,19 @@ pub mod status {
     pub const UNSUPP: u8 = 2;
 }
 
+bitflags::bitflags! {
+    /// Flags of a [`RangeSegment`] (§5.2.6).
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+    pub struct RangeFlags: u32 {
+        /// The device may deallocate the range. Only for write zeroes: with a
+        /// discard or a secure erase it is an error.
+        const UNMAP = 1;
+    }
+}
+
+/// Bytes of a [`RangeSegment`].
+pub const RANGE_BYTES: usize = size_of::<RangeSegment>();
+
 /// One range of a discard, write zeroes or secure erase (§5.2.6).
 #[derive(
     Debug,
@@ -256,6 +276,83 @@ pub struct RangeSegment {
     pub sector: U64,
     /// Number of sectors.
     pub num_sectors: U32,
-    /// Bit 0: unmap (write zeroes only).
+    /// [`RangeFlags`]; all other bits are reserved.
     pub flags: U32,
+}
+
+impl RangeSegment {
+    /// A range from native values.
+    #[must_use]
+    pub const fn new(sector: u64, num_sectors: u32, flags: RangeFlags) -> Self {
+        Self {
+            sector: U64::new(sector),
+            num_sectors: U32::new(num_sectors),
+            flags: U32::new(flags.bits()),
+        }
+    }
+
+    /// The flags, with those that are reserved.
+    #[must_use]
+    pub const fn flags(&self) -> RangeFlags {
+        RangeFlags::from_bits_retain(self.flags.get())
+    }
+}
+
+/// Bytes of the answer to [`RequestType::GET_LIFETIME`].
+pub const LIFETIME_BYTES: usize = size_of::<Lifetime>();
+
+/// The answer to [`RequestType::GET_LIFETIME`] (§5.2.6): how worn the medium
+/// is, in the numbers of JEDEC's eMMC (JESD84-B51).
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct Lifetime {
+    /// Reserved blocks in use: one of [`pre_eol`].
+    pub pre_eol_info: U16,
+    /// Wear of the cells of type A (SLC): [`UNDEFINED`](pre_eol::UNDEFINED),
+    /// or 1 to 10 for up to so many tenths of the life used, 11 for all of it.
+    pub device_lifetime_est_typ_a: U16,
+    /// The same for cells of type B (MLC).
+    pub device_lifetime_est_typ_b: U16,
+}
+
+impl Lifetime {
+    /// An answer from native values.
+    #[must_use]
+    pub const fn new(pre_eol_info: u16, typ_a: u16, typ_b: u16) -> Self {
+        Self {
+            pre_eol_info: U16::new(pre_eol_info),
+            device_lifetime_est_typ_a: U16::new(typ_a),
+            device_lifetime_est_typ_b: U16::new(typ_b),
+        }
+    }
+
+    /// The answer that these bytes are.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; LIFETIME_BYTES]) -> Self {
+        zerocopy::transmute!(bytes)
+    }
+}
+
+/// Values of [`Lifetime::pre_eol_info`] (§5.2.6).
+pub mod pre_eol {
+    /// The device does not know.
+    pub const UNDEFINED: u16 = 0;
+    /// Less than 80 % of the reserved blocks are in use.
+    pub const NORMAL: u16 = 1;
+    /// 80 % of the reserved blocks are in use.
+    pub const WARNING: u16 = 2;
+    /// 90 % of the reserved blocks are in use.
+    pub const URGENT: u16 = 3;
 }

@@ -302,11 +302,7 @@ pub struct SparseDisk {
 
 impl Disk for SparseDisk {
     fn shape(&self) -> DiskShape {
-        DiskShape {
-            sectors: self.sectors,
-            block_bytes: 512,
-            read_only: false,
-        }
+        DiskShape::new(self.sectors)
     }
     fn lane(&self, _depth: u16) -> Result<Box<dyn DiskLane>, DiskError> {
         Ok(Box::new(SparseLane(self.clone())))
@@ -340,7 +336,8 @@ impl DiskLane for SparseLane {
                     written.insert(sector, data.to_vec());
                 }
             }
-            DiskOp::Flush => {}
+            // The others are refused by their shape.
+            _ => {}
         }
         Submit::Done(Ok(()))
     }

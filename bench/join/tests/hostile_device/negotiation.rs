@@ -3,7 +3,7 @@
 use super::{SECTORS, Scene, open};
 use pvkit_guest::block::{BlockOp, BlockQueue, Reason};
 use pvkit_guest::dma::DmaError;
-use pvkit_guest::virtio::block::{Block, BlockOptions};
+use pvkit_guest::virtio::block::{Block, BlockOptions, WriteCacheError};
 use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::queue::QueueError;
 use pvkit_guest::virtio::transport::{MmioError, MmioTransport, ResetTimeout, Transport};
@@ -248,6 +248,13 @@ fn configurations_that_make_no_sense() {
     refused("size_max", config("size_max", 0), |device| {
         device.config.size_max.set(0);
     });
+    for exponent in [23, 31, 32, 63, 64, 255] {
+        let error = config("physical_block_exp", u64::from(exponent));
+        refused("topology", error, |device| {
+            device.features |= BlockFeatures::TOPOLOGY.into();
+            device.config.topology.physical_block_exp = exponent;
+        });
+    }
     // Config space that is not there at all reads as ones.
     refused("no config", config("capacity", u64::MAX), |device| {
         for offset in 0..0x100 {
@@ -306,6 +313,36 @@ fn configurations_that_are_odd_but_possible() {
     assert_eq!(refused.reason, Reason::Dma(too_long));
     assert_eq!(refused.buffer, Some(vec![7; 512]));
     assert_eq!(scene.arena.in_use(), held);
+    // Ranges of nothing, or of less than a block: not offered, then.
+    for (sectors, count, block, possible) in [
+        (8, 1, 4096, Some(8)),
+        (u32::MAX, u32::MAX, 4096, Some(u32::MAX - 7)),
+        (7, 1, 4096, None),
+        (0, 1, 512, None),
+        (8, 0, 512, None),
+    ] {
+        let mut scene = open(&|device| {
+            device.features |= (BlockFeatures::DISCARD | BlockFeatures::WRITE_ZEROES).into();
+            device.config.blk_size.set(block);
+            device.config.max_discard_sectors.set(sectors);
+            device.config.max_discard_seg.set(count);
+            device.config.max_write_zeroes_sectors.set(sectors);
+            device.config.max_write_zeroes_seg.set(count);
+        });
+        let limits = *scene.block.limits();
+        let discard = limits.discard.map(|limits| limits.max_sectors);
+        assert_eq!(discard, possible);
+        let zeroes = limits.write_zeroes.map(|limits| limits.max_sectors);
+        assert_eq!(zeroes, possible);
+        let (sector, count) = (0, 8);
+        let result = scene
+            .queue
+            .submit(BlockOp::Discard { sector, count }, None, 1);
+        match (possible, result) {
+            (Some(_), result) => result.unwrap(),
+            (None, result) => assert_eq!(result.unwrap_err().reason, Reason::Unsupported),
+        }
+    }
     // Fields of features that were not negotiated do not count.
     let mut scene = open(&|device| {
         device.features = Features::VERSION_1;
@@ -318,13 +355,89 @@ fn configurations_that_are_odd_but_possible() {
 }
 
 #[test]
+fn queues_that_are_not_there() {
+    let several = BlockOptions {
+        queues: 3,
+        ..BlockOptions::default()
+    };
+    let scene = |queues: u16| {
+        let arena = Arena::new(1 << 22);
+        let wire = device(&arena, SECTORS);
+        wire.device().features |= BlockFeatures::MQ.into();
+        wire.device().config.num_queues.set(queues);
+        (arena, wire)
+    };
+    let field = "num_queues";
+    let (arena, wire) = scene(0);
+    let error = Block::open_queues::<Vec<u8>, _>(transport(&wire), arena.space(), several);
+    assert_eq!(error.unwrap_err(), InitError::Config { field, value: 0 });
+    assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+    // Counted, and then absent: when sizes are chosen, or later.
+    for honest in 1..6 {
+        let (arena, wire) = scene(u16::MAX);
+        let mut reads = 0;
+        wire.device().lie(mmio::QUEUE_SIZE_MAX, move |size| {
+            reads += 1;
+            if reads > honest { 0 } else { size }
+        });
+        let error = Block::open_queues::<Vec<u8>, _>(transport(&wire), arena.space(), several);
+        let index = honest % 3;
+        let absent = InitError::Queue(QueueError::Absent { index });
+        assert_eq!(error.unwrap_err(), absent);
+        assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+    }
+    // Fewer after a reset.
+    let (arena, wire) = scene(3);
+    let (mut block, mut queues) =
+        Block::open_queues::<Vec<u8>, _>(transport(&wire), arena.space(), several).unwrap();
+    wire.device().config.num_queues.set(2);
+    let error = block.recover_queues(&mut queues, &mut |_| {});
+    assert_eq!(error.unwrap_err(), InitError::Config { field, value: 2 });
+    wire.device().config.num_queues.set(9);
+    block.recover_queues(&mut queues, &mut |_| {}).unwrap();
+    block.close_queues(queues, &mut |_| {}).unwrap();
+    assert_eq!((arena.in_use(), arena.leaked()), (0, 0));
+}
+
+#[test]
+fn a_write_cache_that_does_not_switch() {
+    let arena = Arena::new(1 << 20);
+    let wire = device(&arena, SECTORS);
+    wire.device().features |= BlockFeatures::CONFIG_WCE.into();
+    wire.device().config.writeback = 1;
+    let mut scene = Scene::on(arena, wire);
+    // This device ignores what is written to its configuration.
+    let ignored = WriteCacheError::Ignored;
+    assert_eq!(scene.block.set_write_cache(false), Err(ignored));
+    assert!(scene.block.write_cache());
+    scene.device().config.writeback = 0;
+    assert_eq!(scene.block.set_write_cache(false), Ok(()));
+    // Nor may it forget.
+    scene.device().config.writeback = 1;
+    let Scene { block, queue, .. } = &mut scene;
+    let error = block.recover(queue, &mut |_| {}).unwrap_err();
+    let (field, value) = ("writeback", 1);
+    assert_eq!(error, InitError::Config { field, value });
+    scene.device().config.writeback = 0;
+    scene.assert_recovers("a write cache", &[]);
+}
+
+#[test]
 fn no_field_is_read_without_its_feature() {
     for (features, fields) in [
         (BlockFeatures::empty(), vec![0, 4]),
         (BlockFeatures::SIZE_MAX, vec![0, 4, 8]),
         (BlockFeatures::SEG_MAX, vec![0, 4, 12]),
         (BlockFeatures::BLK_SIZE, vec![0, 4, 20]),
-        (BlockFeatures::all(), vec![0, 4, 8, 12, 20]),
+        (BlockFeatures::DISCARD, vec![0, 4, 36, 40, 44]),
+        (BlockFeatures::WRITE_ZEROES, vec![0, 4, 48, 52, 56]),
+        (BlockFeatures::SECURE_ERASE, vec![0, 4, 60, 64, 68]),
+        (BlockFeatures::TOPOLOGY, vec![0, 4, 24, 25, 26, 28]),
+        (BlockFeatures::LIFETIME, vec![0, 4]),
+        (BlockFeatures::CONFIG_WCE, vec![0, 4]),
+        // One queue only is opened.
+        (BlockFeatures::MQ, vec![0, 4]),
+        (BlockFeatures::ZONED, vec![0, 4]),
     ] {
         let arena = Arena::new(1 << 20);
         let wire = device(&arena, SECTORS);

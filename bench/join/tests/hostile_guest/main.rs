@@ -8,6 +8,7 @@ mod draining;
 mod lanes;
 mod memory;
 mod queue_resets;
+mod ranges;
 mod registers;
 mod requests;
 mod resets;

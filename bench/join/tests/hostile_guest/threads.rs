@@ -25,6 +25,7 @@ fn threads() -> Box<Threads> {
     let options = ThreadOptions {
         spin: Duration::from_micros(20),
         budget: 16,
+        ..ThreadOptions::default()
     };
     Box::new(Threads::new("hostile", options))
 }
@@ -68,7 +69,7 @@ fn rewrite_for(disk: Arc<dyn Disk>, rounds: u32, seed: u64) {
                 0..4 => {
                     let index = noise.below(4) as u16;
                     let sector = noise.below(SECTORS + 2);
-                    let kind = RequestType([0, 1, 4, 8][noise.below(4) as usize]);
+                    let kind = RequestType([0, 1, 4, 8, 10, 11, 13, 14][noise.below(8) as usize]);
                     let header = guest.set_header(u64::from(index), kind, sector);
                     let data = layout.data + 0x400 * u64::from(index);
                     let parts = [readable(header, 16), writable(data, 513)];

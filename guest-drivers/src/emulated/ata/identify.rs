@@ -86,6 +86,13 @@ impl Info {
                 },
                 max_segment_bytes: u32::MAX,
                 max_bytes: sectors * SECTOR_BYTES as u32,
+                // The commands of ACS that would do these came long after the
+                // drives that this driver is for.
+                discard: None,
+                write_zeroes: None,
+                secure_erase: None,
+                lifetime: false,
+                topology: None,
             },
             serial: serial(part(identify::SERIAL, identify::SERIAL_WORDS)),
             // Blocks are powers of two, of which 128 is the largest.

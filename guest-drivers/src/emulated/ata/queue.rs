@@ -296,6 +296,14 @@ impl<B: DmaBufMut, P: PortIo, S: DmaSpace<Addr = u64>> Ata<B, P, S> {
                 request.stage = Stage::Over(Ok(()));
                 return Ok(());
             }
+            // Refused by the limits.
+            BlockOp::Discard { .. }
+            | BlockOp::WriteZeroes { .. }
+            | BlockOp::SecureErase { .. }
+            | BlockOp::GetLifetime => {
+                request.stage = Stage::Over(Err(BlockError::Unsupported));
+                return Ok(());
+            }
         };
         // At most 65,536 (`max_bytes`).
         let count = (request.bytes as u64 / SECTOR_BYTES) as u32;

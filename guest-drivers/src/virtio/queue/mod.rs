@@ -30,10 +30,12 @@ pub use shape::QueueError;
 pub(crate) use shape::{QueueShape, choose_size};
 pub use slot::{QueueStorage, Slot};
 
+/// Longest header, in words of 8 bytes.
+pub(crate) const HEADER_WORDS: usize = 4;
 /// Offset of the trailer in a slot's memory; the header lies before it.
-const TRAILER: usize = 16;
+const TRAILER: usize = 8 * HEADER_WORDS;
 /// Offset of the indirect table in a slot's memory.
-const TABLE: usize = 32;
+const TABLE: usize = TRAILER + 16;
 /// What a trailer holds until the device writes it. No virtio status has this
 /// value.
 pub const TRAILER_UNWRITTEN: u8 = 0xff;
@@ -180,7 +182,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         self.identity.is_queue(transport.identity(self.shape.index))
     }
 
-    /// Its number in the device.
+    /// The number of the queue.
     pub(crate) fn index(&self) -> u16 {
         self.shape.index
     }
@@ -203,11 +205,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         }
     }
 
-    /// Posts a request: `header` for the device to read, the buffer, and the
-    /// trailer.
+    /// Posts a request: `header` for the device to read, of which at most
+    /// [`HEADER_WORDS`] count, the buffer, and the trailer.
     pub(crate) fn post(
         &mut self,
-        header: [u64; 2],
+        header: &[u64],
         payload: Payload<B>,
         extra: X,
     ) -> Result<(), (PostError, Option<B>)>
@@ -268,14 +270,16 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             return Err((error, buffer));
         }
 
-        let [low, high] = header;
-        shared.area.write_u64(offset, low);
-        shared.area.write_u64(offset + 8, high);
+        let mut header_bytes = 0;
+        for word in header.iter().take(HEADER_WORDS) {
+            shared.area.write_u64(offset + header_bytes, *word);
+            header_bytes += size_of::<u64>();
+        }
         let base = shared.area.addr() + offset as u64;
         let from_device = direction == Direction::FromDevice;
         let header = Part {
             addr: base,
-            len: 16,
+            len: header_bytes as u32,
             writable: false,
         };
         let trailer = Part {

@@ -1,7 +1,9 @@
 //! virtio over memory-mapped registers (virtio 1.3 §4.2).
 #![allow(unsafe_code)]
 
-use super::{Events, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport};
+use super::{
+    Events, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport, read_field,
+};
 use crate::doorbell::{Doorbell, Position};
 use crate::register::Registers;
 use core::hint::spin_loop;
@@ -175,28 +177,16 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
     }
 
     fn read_config(&self, offset: usize, out: &mut [u8]) {
-        let mut place = mmio::CONFIG.saturating_add(offset);
-        let mut rest = out;
-        // §4.2.2.2: a field is read with an access of its own width, and one of
-        // 64 bits as two halves; all are aligned to that.
-        while !rest.is_empty() {
-            let width = match rest.len() {
-                4.. if place.is_multiple_of(4) => 4,
-                2.. if place.is_multiple_of(2) => 2,
-                _ => 1,
-            };
-            let value = match width {
+        // §4.2.2.2.
+        read_field(
+            mmio::CONFIG.saturating_add(offset),
+            out,
+            |place, width| match width {
                 4 => self.registers.read_u32(place),
                 2 => u32::from(self.registers.read_u16(place)),
                 _ => u32::from(self.registers.read_u8(place)),
-            };
-            let (now, later) = rest.split_at_mut(width);
-            for (byte, value) in now.iter_mut().zip(value.to_le_bytes()) {
-                *byte = value;
-            }
-            rest = later;
-            place = place.saturating_add(width);
-        }
+            },
+        );
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {

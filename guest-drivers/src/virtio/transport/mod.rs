@@ -285,6 +285,27 @@ pub unsafe trait Transport: Send {
     }
 }
 
+/// Reads a field of configuration space with accesses of its own width, and one
+/// of 64 bits as two halves; all are aligned to that. `read` gets a place and a
+/// width of 1, 2 or 4 bytes.
+fn read_field(offset: usize, out: &mut [u8], read: impl Fn(usize, usize) -> u32) {
+    let mut place = offset;
+    let mut rest = out;
+    while !rest.is_empty() {
+        let width = match rest.len() {
+            4.. if place.is_multiple_of(4) => 4,
+            2.. if place.is_multiple_of(2) => 2,
+            _ => 1,
+        };
+        let (now, later) = rest.split_at_mut(width);
+        for (byte, value) in now.iter_mut().zip(read(place, width).to_le_bytes()) {
+            *byte = value;
+        }
+        rest = later;
+        place = place.saturating_add(width);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{AtomicU32, Lives};

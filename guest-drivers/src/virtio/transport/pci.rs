@@ -7,6 +7,7 @@ pub use find::PciTransportError;
 
 use super::{
     Events, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport, VectorError,
+    read_field,
 };
 use crate::doorbell::{Doorbell, Position};
 use crate::pci::Msix;
@@ -290,29 +291,13 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
             out.fill(0xff);
             return;
         };
-        let mut place = offset;
-        let mut rest = out;
-        // §4.1.3.1: fields are read with accesses of their own width, and
-        // those of 64 bits as two halves. A field that reaches beyond the
-        // structure reads as ones, however much of it is there.
-        while !rest.is_empty() {
-            let width = match rest.len() {
-                4.. if place.is_multiple_of(4) => 4,
-                2.. if place.is_multiple_of(2) => 2,
-                _ => 1,
-            };
-            let value = match width {
-                4 => device.read_u32(place),
-                2 => u32::from(device.read_u16(place)),
-                _ => u32::from(device.read_u8(place)),
-            };
-            let (now, later) = rest.split_at_mut(width);
-            for (byte, value) in now.iter_mut().zip(value.to_le_bytes()) {
-                *byte = value;
-            }
-            rest = later;
-            place = place.saturating_add(width);
-        }
+        // §4.1.3.1. A field that reaches beyond the structure reads as ones,
+        // however much of it is there.
+        read_field(offset, out, |place, width| match width {
+            4 => device.read_u32(place),
+            2 => u32::from(device.read_u16(place)),
+            _ => u32::from(device.read_u8(place)),
+        });
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {

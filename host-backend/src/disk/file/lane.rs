@@ -1,11 +1,15 @@
 //! The lane of a file disk: system calls on guest memory.
 
 use super::Host;
+use super::bounce::{BOUNCE_BYTES, Bounce};
+use super::pending::{Pending, Transfer, Work};
+use super::range::Range;
 use crate::disk::{DiskError, DiskLane, DiskOp, DiskRequest, SECTOR_BYTES, Submit};
 use crate::memory::IoBufs;
 use crate::worker::Interest;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -21,31 +25,14 @@ const SLOW_WRITE: Duration = Duration::from_millis(2);
 /// For so long after a slow write, writes go to io_uring, where they do not
 /// hold up the lane.
 const SLOW_WRITE_PENALTY: Duration = Duration::from_secs(1);
-/// Buffers that direct I/O cannot use are copied through one of this size.
-const BOUNCE_BYTES: usize = 256 * 1024;
-
-/// A request that io_uring has, or that waits to be handed over.
-#[derive(Debug, Default)]
-struct Pending {
-    busy: bool,
-    /// `None` for a flush.
-    transfer: Option<Transfer>,
-    /// What is left of the request.
-    bufs: IoBufs,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Transfer {
-    write: bool,
-    fua: bool,
-    /// Where in the file the rest goes, in bytes.
-    offset: u64,
-}
+/// `linux/fs.h`: both take a start and a length in bytes, and wait.
+pub(super) const BLKDISCARD: libc::Ioctl = 0x1277;
+pub(super) const BLKSECDISCARD: libc::Ioctl = 0x127d;
 
 pub(super) struct FileLane {
-    host: Arc<Host>,
-    ring: Option<IoUring>,
-    pending: Vec<Pending>,
+    pub(super) host: Arc<Host>,
+    pub(super) ring: Option<IoUring>,
+    pub(super) pending: Vec<Pending>,
     in_flight: usize,
     /// Tags that are busy and not in the kernel's queue yet, in order.
     waiting: VecDeque<u16>,
@@ -65,22 +52,6 @@ impl std::fmt::Debug for FileLane {
             .field("io_uring", &self.ring.is_some())
             .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()
-    }
-}
-
-/// Page-aligned private memory.
-struct Bounce {
-    memory: crate::memory::GuestMemory,
-}
-
-impl Bounce {
-    fn new() -> Result<Self, DiskError> {
-        let out_of_memory = DiskError::Host(libc::ENOMEM);
-        let ranges = [(vm_memory::GuestAddress(0), BOUNCE_BYTES)];
-        let map = vm_memory::GuestMemoryMmap::<()>::from_ranges(&ranges);
-        let map = Arc::new(map.map_err(|_| out_of_memory)?);
-        let memory = crate::memory::GuestMemory::new(map).map_err(|_| out_of_memory)?;
-        Ok(Self { memory })
     }
 }
 
@@ -161,7 +132,7 @@ impl FileLane {
     }
 
     /// Moves all of `bufs`, which it uses up, and waits as long as that takes.
-    fn transfer_all(
+    pub(super) fn transfer_all(
         &self,
         write: bool,
         bufs: &mut IoBufs,
@@ -235,7 +206,9 @@ impl FileLane {
         bufs: &IoBufs,
         tag: u16,
     ) -> Result<Option<Submit>, DiskError> {
-        let Transfer { write, fua, offset } = transfer;
+        let Transfer {
+            write, fua, offset, ..
+        } = transfer;
         let bytes = bufs.bytes();
         if bytes == 0 {
             return Ok(Some(Submit::Done(Ok(()))));
@@ -262,9 +235,8 @@ impl FileLane {
             return Ok(Some(Submit::Done(Ok(()))));
         }
         let rest = Transfer {
-            write,
-            fua,
             offset: offset + done,
+            ..transfer
         };
         if self.ring.is_none() {
             let mut bufs_left = IoBufs::new();
@@ -277,7 +249,7 @@ impl FileLane {
         if let Some(pending) = self.pending.get_mut(usize::from(tag)) {
             pending.bufs.copy_from(bufs);
             pending.bufs.advance(done);
-            pending.transfer = Some(rest);
+            pending.work = Work::Transfer(rest);
         }
         Ok(None)
     }
@@ -290,6 +262,7 @@ impl FileLane {
             write,
             fua,
             mut offset,
+            ..
         } = transfer;
         let bounce = match self.bounce.take() {
             Some(bounce) => bounce,
@@ -340,11 +313,17 @@ impl FileLane {
     fn entry(&self, tag: u16) -> Option<squeue::Entry> {
         let pending = self.pending.get(usize::from(tag))?;
         let fd = types::Fd(self.host.file.as_raw_fd());
-        let entry = match pending.transfer {
-            None => opcode::Fsync::new(fd)
+        let entry = match pending.work {
+            Work::Flush => opcode::Fsync::new(fd)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
-            Some(Transfer { write, fua, offset }) => {
+            Work::Allocate(way, range) => opcode::Fallocate::new(fd, range.bytes)
+                .offset(range.offset)
+                .mode(way.mode().bits() as i32)
+                .build(),
+            Work::Transfer(Transfer {
+                write, fua, offset, ..
+            }) => {
                 let iovecs = pending.bufs.as_iovecs();
                 let flags = if fua { libc::RWF_DSYNC } else { 0 };
                 match (iovecs, write) {
@@ -412,19 +391,13 @@ impl FileLane {
                 self.waiting.push_back(tag);
                 return None;
             }
-            error if error < 0 => Err(DiskError::Host(-error)),
-            count => match &mut pending.transfer {
-                None => Ok(()),
-                Some(_) if count == 0 => Err(DiskError::Truncated),
-                Some(transfer) => {
-                    pending.bufs.advance(count as u64);
-                    transfer.offset += count as u64;
-                    if pending.bufs.bytes() > 0 {
-                        self.waiting.push_back(tag);
-                        return None;
-                    }
-                    Ok(())
+            result => match self.host.step(pending, result) {
+                Ok(true) => {
+                    self.waiting.push_back(tag);
+                    return None;
                 }
+                Ok(false) => Ok(()),
+                Err(error) => Err(error),
             },
         };
         pending.busy = false;
@@ -433,6 +406,32 @@ impl FileLane {
         self.in_flight -= 1;
         Some((tag, result))
     }
+}
+
+/// Runs one of the calls that take a start and a length in bytes.
+pub(super) fn block_ioctl(
+    file: &File,
+    request: libc::Ioctl,
+    range: [u64; 2],
+) -> Result<(), DiskError> {
+    // SAFETY: these calls read two 64-bit numbers, and touch no other memory
+    // of this process.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request, range.as_ptr()) };
+    if result == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error().raw_os_error() {
+        Some(libc::EOPNOTSUPP) => Err(DiskError::Unsupported),
+        error => Err(DiskError::Host(error.unwrap_or(libc::EIO))),
+    }
+}
+
+/// Whether a block device does secure erase. The range that is asked for is
+/// impossible in every way, so nothing is erased: a device that cannot do it
+/// says so first.
+pub(super) fn erases(file: &File) -> bool {
+    let result = block_ioctl(file, BLKSECDISCARD, [u64::MAX, 1]);
+    result == Err(DiskError::Host(libc::EINVAL))
 }
 
 impl DiskLane for FileLane {
@@ -450,36 +449,32 @@ impl DiskLane for FileLane {
         }
         // In range for what moves data (`check`); a flush has no sector.
         let offset = sector.wrapping_mul(SECTOR_BYTES);
-        let queued = match op {
-            DiskOp::Read => self.submit_transfer(
-                Transfer {
-                    write: false,
-                    fua: false,
-                    offset,
-                },
-                data,
-                tag,
-            ),
-            DiskOp::Write { fua } => self.submit_transfer(
-                Transfer {
-                    write: true,
-                    fua,
-                    offset,
-                },
-                data,
-                tag,
-            ),
-            DiskOp::Flush if self.ring.is_none() => {
-                let result = rustix::fs::fdatasync(&self.host.file);
-                let result = result.map_err(|error| DiskError::Host(error.raw_os_error()));
-                Ok(Some(Submit::Done(result)))
+        let transfer = |write, fua| Transfer {
+            write,
+            fua,
+            offset,
+            zeroes: 0,
+        };
+        let here = |done| {
+            if done {
+                Some(Submit::Done(Ok(())))
+            } else {
+                None
             }
+        };
+        let queued = match op {
+            DiskOp::Read => self.submit_transfer(transfer(false, false), data, tag),
+            DiskOp::Write { fua } => self.submit_transfer(transfer(true, fua), data, tag),
+            DiskOp::Flush if self.ring.is_none() => Ok(Some(Submit::Done(self.flush()))),
             DiskOp::Flush => {
                 if let Some(pending) = self.pending.get_mut(usize::from(tag)) {
-                    pending.transfer = None;
+                    pending.work = Work::Flush;
                     pending.bufs.clear();
                 }
                 Ok(None)
+            }
+            DiskOp::Discard { .. } | DiskOp::WriteZeroes { .. } | DiskOp::SecureErase { .. } => {
+                self.submit_range(op, Range::of(op, offset), tag).map(here)
             }
         };
         match queued {
@@ -584,6 +579,7 @@ impl Drop for FileLane {
 mod tests {
     use super::*;
     use crate::disk::{FileDisk, FileOptions};
+    use std::io::Write;
 
     #[test]
     fn what_the_kernel_leaves_of_a_batch_is_submitted_too() {
@@ -592,7 +588,7 @@ mod tests {
         let disk = FileDisk::open(file.path(), FileOptions::default()).unwrap();
         let mut lane = FileLane::new(disk.0.clone(), 8).unwrap();
         let Some(ring) = &mut lane.ring else {
-            println!("skipped: io_uring is denied here");
+            let _ = writeln!(io::stderr().lock(), "skipped: io_uring is denied here");
             return;
         };
         // Nobody registered such a personality.

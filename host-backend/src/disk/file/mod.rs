@@ -6,11 +6,16 @@
 //! page cache cannot serve block the lane.
 #![deny(unsafe_code)]
 
+mod bounce;
 #[allow(unsafe_code)]
 mod lane;
+mod pending;
+mod probe;
+mod range;
 
-use super::{Disk, DiskError, DiskLane, DiskShape, SECTOR_BYTES};
+use super::{Disk, DiskError, DiskLane, DiskShape, Lifetime, SECTOR_BYTES};
 use lane::FileLane;
+use probe::Ways;
 use rustix::fs::{AtFlags, FileType, FlockOperation, OFlags, StatxFlags};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -120,6 +125,7 @@ pub enum OpenError {
 struct Host {
     file: File,
     shape: DiskShape,
+    ways: Ways,
     /// The page cache is not used; buffers in memory are aligned to this.
     direct: Option<usize>,
     /// The file lies in memory, so that no access waits for a medium.
@@ -139,6 +145,10 @@ const MAX_BLOCK_BYTES: u32 = 64 * 1024;
 
 impl FileDisk {
     /// Opens a file or block device. Changes nothing in it.
+    ///
+    /// Discards punch holes into a file, and zeroes too if that is asked for;
+    /// a file system that cannot do that has no discard, and is written
+    /// zeroes. Discards and secure erasure of block devices block the lane.
     ///
     /// # Errors
     /// [`OpenError`] says what is wrong and what would help.
@@ -190,9 +200,8 @@ impl FileDisk {
             });
         }
         let mut shape = DiskShape {
-            sectors: bytes / SECTOR_BYTES,
-            block_bytes: SECTOR_BYTES as u32,
             read_only: options.read_only,
+            ..DiskShape::new(bytes / SECTOR_BYTES)
         };
         let mut direct = None;
         if options.direct {
@@ -216,9 +225,11 @@ impl FileDisk {
             [TMPFS_MAGIC, RAMFS_MAGIC].contains(&(fs.f_type as u64)) && direct.is_none()
         });
         let no_io_uring = options.no_io_uring;
+        let ways = probe::probe(&file, &mut shape, lane::erases(&file));
         Ok(Self(Arc::new(Host {
             file,
             shape,
+            ways,
             direct,
             in_memory,
             no_io_uring,
@@ -280,6 +291,10 @@ fn direct_alignment(file: &File) -> (u32, u32) {
 impl Disk for FileDisk {
     fn shape(&self) -> DiskShape {
         self.0.shape
+    }
+
+    fn lifetime(&self) -> Option<Lifetime> {
+        self.0.ways.lifetime()
     }
 
     fn lane(&self, depth: u16) -> Result<Box<dyn DiskLane>, DiskError> {

@@ -1,3 +1,5 @@
+mod ranges;
+
 use super::*;
 use crate::disk::{DiskOp, DiskRequest, Submit};
 use crate::memory::{GuestMemory, IoBufs};

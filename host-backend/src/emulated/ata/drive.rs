@@ -457,11 +457,7 @@ mod tests {
         struct Huge(u64);
         impl Disk for Huge {
             fn shape(&self) -> crate::disk::DiskShape {
-                crate::disk::DiskShape {
-                    sectors: self.0,
-                    block_bytes: 512,
-                    read_only: false,
-                }
+                crate::disk::DiskShape::new(self.0)
             }
             fn lane(
                 &self,

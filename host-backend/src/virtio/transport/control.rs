@@ -208,8 +208,12 @@ impl<S: TransportSignals + 'static> Control<S> {
             return;
         }
         let new = status - self.status;
-        if new.contains(DeviceStatus::FEATURES_OK) && !self.features_acceptable() {
-            status -= DeviceStatus::FEATURES_OK;
+        if new.contains(DeviceStatus::FEATURES_OK) {
+            if self.features_acceptable() {
+                self.device.negotiated(self.driver_features);
+            } else {
+                status -= DeviceStatus::FEATURES_OK;
+            }
         }
         let start = new.contains(DeviceStatus::DRIVER_OK);
         if start && !status.contains(DeviceStatus::FEATURES_OK) {
