@@ -13,7 +13,7 @@
 //! - [`mod@stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
-//! - [`conformance`] runs the same tests on every way in which both can come
+//! - [`mod@conformance`] runs the same tests on every way in which both can come
 //!   together.
 //! - [`disk`] is a disk that holds requests back until it is told to go on.
 //! - [`hostile`] has a guest that writes what it likes, and a device that
