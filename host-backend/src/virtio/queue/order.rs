@@ -30,6 +30,8 @@ pub(super) struct InOrder {
     /// their tag until then.
     done: Vec<Option<u32>>,
     batch: Option<Batch>,
+    /// Size of the queue: no batch has more units.
+    size: u16,
 }
 
 impl InOrder {
@@ -38,6 +40,7 @@ impl InOrder {
             fetched: VecDeque::with_capacity(usize::from(size)),
             done: vec![None; usize::from(size)],
             batch: None,
+            size,
         }
     }
 
@@ -61,8 +64,14 @@ impl InOrder {
                 continue;
             };
             // The driver takes those that are not named for written to the
-            // full: who was not is named.
-            if self.batch.is_some_and(|batch| !batch.full) {
+            // full: who was not is named. And a driver that makes descriptors
+            // available before they came back could make a batch that goes
+            // round more than once.
+            let most = self.size - name.units;
+            if self
+                .batch
+                .is_some_and(|batch| !batch.full || batch.units > most)
+            {
                 self.end_batch(ring);
             }
             let before = self.batch.map_or(0, |batch| batch.units);
