@@ -62,7 +62,8 @@ pub struct PackedRing {
     pub posted: u32,
     /// Descriptors that came back since then.
     pub looked: u32,
-    in_order: bool,
+    /// Whether one answer may stand for a batch.
+    pub in_order: bool,
     in_flight: Vec<Posted>,
 }
 
