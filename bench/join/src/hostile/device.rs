@@ -6,6 +6,8 @@
 //! the guest addresses that the driver gave it.
 #![forbid(unsafe_code)]
 
+pub mod packed;
+
 use crate::arena::Arena;
 use crate::disk::pattern;
 use crate::wire::Wire;
@@ -13,7 +15,7 @@ use pvkit_guest::virtio::transport::MmioTransport;
 use pvkit_host::bus::BusDevice;
 use pvkit_host::memory::Snapshot;
 use pvkit_protocol::virtio::block::{
-    BlockConfig, BlockFeatures, ID_BYTES, RequestHeader, RequestType, SECTOR_BYTES, status,
+    BlockConfig, BlockFeatures, ID_BYTES, RequestHeader, RequestType, SECTOR_BYTES,
 };
 use pvkit_protocol::virtio::mmio::{self, InterruptStatus};
 use pvkit_protocol::virtio::split::{
@@ -49,8 +51,12 @@ pub struct Place {
 /// A chain that the driver made available.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Taken {
-    /// The descriptor that it starts with.
+    /// The driver's name for it: the descriptor that it starts with, or a
+    /// packed ring's id.
     pub head: u16,
+    /// How far it moves the ring on: one used element, or as many descriptors
+    /// as it has in a packed ring.
+    pub units: u16,
     /// The request's header.
     pub header: RequestHeader,
     /// Data for the device to read.
@@ -103,6 +109,8 @@ pub struct Device {
     /// Index of the next used element.
     pub next_used: u16,
     next_avail: u16,
+    /// Where it stands in a packed ring.
+    pub packed: packed::Places,
     device_window: u32,
     driver_window: u32,
     lies: BTreeMap<usize, Lie>,
@@ -150,6 +158,7 @@ pub fn device(arena: &Arena, sectors: u64) -> Wire<Device> {
         interrupt: 0,
         next_used: 0,
         next_avail: 0,
+        packed: packed::Places::default(),
         device_window: 0,
         driver_window: 0,
         lies: BTreeMap::new(),
@@ -245,6 +254,9 @@ impl Device {
     /// # Panics
     /// If the driver broke the protocol: it is the honest one here.
     pub fn fetch(&mut self) -> Vec<Taken> {
+        if self.is_packed() {
+            return self.fetch_packed();
+        }
         let index = u16::from_le_bytes(self.peek(self.place.avail + AVAIL_IDX as u64));
         let mut chains = Vec::new();
         while self.next_avail != index {
@@ -280,6 +292,16 @@ impl Device {
             }
             index = descriptor.next.get();
         }
+        self.taken(head, 1, descriptors, parts)
+    }
+
+    fn taken(
+        &self,
+        head: u16,
+        units: u16,
+        descriptors: Vec<u64>,
+        parts: Vec<((u64, u32), bool)>,
+    ) -> Taken {
         let readable = parts.iter().filter(|(_, write)| !write);
         let mut readable: Vec<_> = readable.map(|(part, _)| *part).collect();
         let writable = parts.iter().filter(|(_, write)| *write);
@@ -288,6 +310,7 @@ impl Device {
         let (status, _) = writable.pop().expect("a status byte");
         Taken {
             head,
+            units,
             header: zerocopy::transmute!(self.peek::<16>(header)),
             readable,
             writable,
@@ -332,7 +355,7 @@ impl Device {
         self.poke(chain.status, &[status])
     }
 
-    /// Writes the next used element, without showing it.
+    /// Writes the next used element of a split ring, without showing it.
     pub fn push(&mut self, id: u32, len: u32) -> &mut Self {
         let slot = u64::from(self.next_used) & u64::from(self.place.size - 1);
         let addr = self.place.used + USED_RING as u64 + 8 * slot;
@@ -351,6 +374,10 @@ impl Device {
     /// Shows all used elements, and interrupts.
     pub fn publish(&mut self) -> &mut Self {
         self.interrupt |= InterruptStatus::USED_BUFFER.bits();
+        if self.is_packed() {
+            // Used descriptors show themselves.
+            return self;
+        }
         self.show(self.next_used)
     }
 
@@ -360,11 +387,10 @@ impl Device {
         self.poke(addr, &event.to_le_bytes())
     }
 
-    /// Does one request rightly, up to its used element, which is not shown.
+    /// Does one request rightly, up to its used element, which is not shown in
+    /// a split ring.
     pub fn answer(&mut self, chain: &Taken) -> &mut Self {
-        let written = self.execute(chain);
-        self.finish(chain, status::OK)
-            .push(u32::from(chain.head), written + 1)
+        self.answer_batch(std::slice::from_ref(chain))
     }
 
     /// Serves everything that is available as it should be.
@@ -412,6 +438,7 @@ impl Device {
         self.interrupt = 0;
         self.next_avail = 0;
         self.next_used = 0;
+        self.packed = packed::Places::default();
     }
 }
 

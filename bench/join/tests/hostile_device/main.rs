@@ -7,8 +7,10 @@
 //! (arXiv 2109.10660), and some that follow from how this driver is made.
 
 mod completions;
+mod in_order;
 mod leaks;
 mod negotiation;
+mod packed;
 mod recovery;
 
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Done, Reason};
@@ -49,6 +51,19 @@ impl Scene {
             .features
             .set(Features::INDIRECT_DESC, indirect);
         Self::on(arena, wire)
+    }
+
+    /// The same with a packed ring, with IN_ORDER, or both.
+    fn with(ring: Features, indirect: bool) -> Self {
+        let arena = Arena::new(1 << 20);
+        let wire = device(&arena, SECTORS);
+        wire.device().features.insert(ring);
+        wire.device()
+            .features
+            .set(Features::INDIRECT_DESC, indirect);
+        let scene = Self::on(arena, wire);
+        assert!(scene.block.features().contains(ring));
+        scene
     }
 
     fn on(arena: Arena, wire: Wire<Device>) -> Self {
@@ -130,8 +145,8 @@ impl Scene {
     }
 
     /// With an honest device: these requests come back, each once, as they
-    /// were; then everything works, and nothing is lost.
-    fn assert_recovers(mut self, name: &str, outstanding: &[u64]) {
+    /// were, and everything works.
+    fn recover(&mut self, name: &str, outstanding: &[u64]) {
         self.device().tell_the_truth();
         let mut back = Vec::new();
         self.block
@@ -141,6 +156,12 @@ impl Scene {
         for sector in 0..5 {
             assert!(self.works(sector), "{name}: works again");
         }
+    }
+
+    /// With an honest device: these requests come back, each once, as they
+    /// were; then everything works, and nothing is lost.
+    fn assert_recovers(mut self, name: &str, outstanding: &[u64]) {
+        self.recover(name, outstanding);
         let Self {
             block,
             queue,
@@ -181,17 +202,50 @@ fn attack(
     for indirect in [true, false] {
         let name = format!("{name}, indirect {indirect}");
         let mut scene = Scene::new(indirect);
-        let chains = scene.post();
-        lie(&mut scene.device(), &chains);
-        for tag in first {
-            let done = scene.done().expect("a completion");
-            assert_eq!((done.tag, done.result), (*tag, Ok(())), "{name}");
-            assert_eq!(done.buffer, Some(pattern(*tag, 512)), "{name}");
-        }
-        scene.assert_faults_once(&name, fault(&chains));
-        let outstanding: Vec<u64> = (0..4).filter(|tag| !first.contains(tag)).collect();
-        scene.assert_recovers(&name, &outstanding);
+        play(&mut scene, &name, first, &fault, &lie);
+        scene.assert_recovers(&name, &[]);
     }
+}
+
+/// The same with another ring, and in several lives of the device, of which
+/// each begins after the first few requests.
+fn attack_on(
+    rings: &[Features],
+    name: &str,
+    first: &[u64],
+    fault: impl Fn(&[Taken]) -> Fault,
+    lie: impl Fn(&mut Device, &[Taken]),
+) {
+    for (ring, indirect) in rings
+        .iter()
+        .flat_map(|ring| [(*ring, true), (*ring, false)])
+    {
+        let mut scene = Scene::with(ring, indirect);
+        for life in 0..3 {
+            let name = format!("{name}, {ring:?}, indirect {indirect}, life {life}");
+            play(&mut scene, &name, first, &fault, &lie);
+        }
+        scene.assert_recovers(name, &[]);
+    }
+}
+
+fn play(
+    scene: &mut Scene,
+    name: &str,
+    first: &[u64],
+    fault: impl Fn(&[Taken]) -> Fault,
+    lie: impl Fn(&mut Device, &[Taken]),
+) {
+    let chains = scene.post();
+    lie(&mut scene.device(), &chains);
+    for tag in first {
+        let done = scene.done().expect("a completion");
+        assert_eq!((done.tag, done.result), (*tag, Ok(())), "{name}");
+        assert_eq!(done.buffer, Some(pattern(*tag, 512)), "{name}");
+    }
+    scene.assert_faults_once(name, fault(&chains));
+    let outstanding: Vec<u64> = (0..4).filter(|tag| !first.contains(tag)).collect();
+    scene.recover(name, &outstanding);
 }
 
 #[test]

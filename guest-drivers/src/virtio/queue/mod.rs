@@ -408,10 +408,8 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
     /// Asks for an interrupt; `true` if there is something to take already.
     pub(crate) fn arm(&mut self) -> bool {
         match self.state {
-            State::Live => {
-                let ring = &mut self.shared.ring;
-                ring.arm()
-            }
+            // The rest of a batch does not show in the ring.
+            State::Live => self.batch.is_some() || self.shared.ring.arm(),
             State::Faulty(_) => true,
             State::Retired => false,
         }
