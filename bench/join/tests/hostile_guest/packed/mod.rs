@@ -3,6 +3,7 @@
 
 mod chains;
 mod in_flight;
+mod model;
 mod places;
 mod rings;
 
