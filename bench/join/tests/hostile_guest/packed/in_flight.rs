@@ -4,14 +4,14 @@ use super::{assert_filled, fill, head, parts, scene};
 use crate::{SECTORS, Scene, options};
 use pvkit_host::disk::MemoryDisk;
 use pvkit_host::virtio::block::BlockOptions;
-use pvkit_host::virtio::queue::{Chain, Fault, Queue, QueueAddresses};
+use pvkit_host::virtio::queue::Fault;
 use pvkit_host::worker::Progress;
 use pvkit_join::hostile::guest::packed::{
     AVAIL, INDIRECT, NEXT, PackedRing, USED, Used, WRITE, packed,
 };
 use pvkit_join::hostile::guest::{HOLE, LOW, Machine, indirect, readable, writable};
+use pvkit_protocol::virtio::DeviceStatus;
 use pvkit_protocol::virtio::block::{RequestHeader, RequestType, status};
-use pvkit_protocol::virtio::{DeviceStatus, Features};
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
@@ -352,74 +352,4 @@ fn one_answer_for_a_batch_is_only_for_what_succeeded() {
             .status()
             .contains(DeviceStatus::DEVICE_NEEDS_RESET)
     );
-}
-
-#[test]
-fn tags_that_are_not_in_flight_are_ignored() {
-    // What no device of ours does: the queue is public.
-    for (packed, in_order) in [(true, true), (false, true), (true, false)] {
-        let machine = Machine::new();
-        let mut features = Features::VERSION_1 | Features::RING_PACKED;
-        features.set(Features::IN_ORDER, in_order);
-        let disk = Arc::new(MemoryDisk::new(8));
-        let mut guest = machine.guest(disk, options(), LOW.start);
-        let mut ring = PackedRing::boot_with(&mut guest, 8, features - Features::IN_ORDER);
-        assert!(guest.reset());
-        features.set(Features::RING_PACKED, packed);
-        let at = QueueAddresses {
-            size: 8,
-            descriptors: guest.layout.descriptors,
-            driver: guest.layout.avail,
-            device: guest.layout.used,
-        };
-        let mut queue = Queue::new(machine.memory(), at, features, 8, None).unwrap();
-        let mut chain = Chain::with_capacity(8);
-        let parts = [writable(guest.layout.data, 16)];
-        let mut pop = |queue: &mut Queue, id: u16| {
-            if packed {
-                ring.post(&mut guest, id, &parts);
-            } else {
-                guest.post_at(id % 8, &parts);
-            }
-            assert_eq!(queue.pop(&mut chain), Ok(true));
-            chain.tag()
-        };
-        // Nothing is in flight yet.
-        for tag in [0, 7, 8, 0xffff] {
-            queue.push(tag, 1);
-        }
-        assert_eq!(queue.publish(), None);
-        let (first, second) = (pop(&mut queue, 0), pop(&mut queue, 1));
-        assert_eq!(queue.publish(), None, "the device still has them");
-        // Done twice: the first time counts, whether it is its turn or not.
-        for tag in [second, second, first, first, second] {
-            queue.push(tag, 16);
-            queue.push(tag, 9);
-        }
-        assert!(queue.publish().is_some());
-        assert_eq!(queue.in_flight(), 0);
-        let third = pop(&mut queue, 2);
-        assert_eq!((queue.publish(), queue.in_flight()), (None, 1));
-        queue.push(third, 16);
-        assert!(queue.publish().is_some());
-        assert_eq!(queue.in_flight(), 0);
-        let used: Vec<_> = if packed {
-            ring.in_order = in_order;
-            let used = ring.used(&guest);
-            used.iter().map(|used| (used.id, used.len)).collect()
-        } else {
-            guest
-                .used()
-                .into_iter()
-                .map(|(id, len)| (id as u16, len))
-                .collect()
-        };
-        let expected: &[_] = match (packed, in_order) {
-            (_, false) => &[(1, 16), (0, 16), (2, 16)],
-            (true, true) => &[(1, 16), (2, 16)],
-            // The entry that was skipped is what memory held before.
-            (false, true) => &[(1, 16), (0, 0), (2, 16)],
-        };
-        assert_eq!(used, expected, "packed {packed}, in order {in_order}");
-    }
 }

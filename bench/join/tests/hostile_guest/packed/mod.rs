@@ -5,7 +5,9 @@ mod chains;
 mod in_flight;
 mod model;
 mod places;
+mod queue;
 mod rings;
+mod threads;
 
 use super::{Scene, options};
 use pvkit_host::virtio::block::BlockOptions;

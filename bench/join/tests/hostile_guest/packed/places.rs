@@ -234,6 +234,43 @@ fn memory_that_goes_away() {
     }
 }
 
+#[test]
+fn memory_that_moves_in_the_host() {
+    // The same addresses, other pages: all three parts are found again.
+    for in_order in [false, true] {
+        let machine = Machine::new();
+        let disk = RecordingDisk::new(SECTORS);
+        let options = BlockOptions {
+            in_order,
+            ..options()
+        };
+        let mut guest = machine.guest(Arc::new(disk), options, LOW.start);
+        let mut ring = PackedRing::boot(&mut guest, 7);
+        for round in 0..20 {
+            assert!(ring.works(&mut guest, round));
+            let before = guest.remember();
+            let regions = before
+                .iter()
+                .map(|(start, bytes)| (GuestAddress(*start), bytes.len()));
+            let regions: Vec<_> = regions.collect();
+            let map = GuestMemoryMmap::<()>::from_ranges(&regions).unwrap();
+            machine.memory().replace(Arc::new(map)).unwrap();
+            guest.ram = machine.memory().snapshot();
+            for (start, bytes) in &before {
+                guest.poke(*start, bytes);
+            }
+            let interrupts = guest.interrupts.count();
+            PackedRing::ask(&mut guest, 1 << 16);
+            assert!(ring.works(&mut guest, round));
+            assert_eq!(guest.interrupts.count(), interrupts, "none was wanted");
+            PackedRing::ask(&mut guest, 0);
+            assert!(!guest.steps().arm());
+            let asked = 2 << 16 | ring.off_wrap(ring.posted);
+            assert_eq!(PackedRing::asked(&guest), asked, "round {round}");
+        }
+    }
+}
+
 /// A worker that goes on at `state`.
 fn start_at(
     machine: &Machine,
