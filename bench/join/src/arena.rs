@@ -8,7 +8,7 @@
 use pvkit_guest::dma::{
     Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Segment, Segments, StillShared,
 };
-use pvkit_host::memory::{GuestMemory, Snapshot};
+use pvkit_host::memory::{Access, GuestMemory, Snapshot};
 use std::alloc::Layout;
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
@@ -427,7 +427,7 @@ mod tests {
         let mut copy = [0; 16];
         arena.snapshot().read(BASE, &mut copy).unwrap();
         assert_eq!(&copy, b"seen by a device");
-        arena.snapshot().check(BASE, 8192).unwrap();
-        assert!(arena.snapshot().check(BASE, 8193).is_err());
+        arena.snapshot().check(BASE, 8192, Access::Write).unwrap();
+        assert!(arena.snapshot().check(BASE, 8193, Access::Read).is_err());
     }
 }

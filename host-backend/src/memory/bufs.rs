@@ -1,6 +1,6 @@
 //! Guest memory as the host kernel takes it, for I/O.
 
-use super::{MemoryError, Snapshot};
+use super::{Access, MemoryError, Snapshot};
 use std::fmt;
 use std::sync::Arc;
 
@@ -50,18 +50,19 @@ impl IoBufs {
         }
     }
 
-    /// Adds a guest range.
+    /// Adds a guest range, which is only used for `access`.
     ///
     /// # Errors
-    /// [`MemoryError::Range`] if it is not RAM; the list is then useless until
-    /// the next [`start`](IoBufs::start).
+    /// [`MemoryError::Range`] if it is not RAM, and [`MemoryError::ReadOnly`]
+    /// if it must not be written; the list is then useless until the next
+    /// [`start`](IoBufs::start).
     #[inline]
-    pub fn push(&mut self, addr: u64, len: u64) -> Result<(), MemoryError> {
+    pub fn push(&mut self, addr: u64, len: u64, access: Access) -> Result<(), MemoryError> {
         let Some(snapshot) = &self.snapshot else {
             return Err(MemoryError::Range { addr, len });
         };
         let buffers = &mut self.buffers;
-        snapshot.pieces(addr, len, |host, count| {
+        snapshot.pieces(addr, len, access, |host, count| {
             buffers.push(libc::iovec {
                 iov_base: host.as_ptr().cast(),
                 iov_len: count,

@@ -1,6 +1,6 @@
 //! Guest memory at a fixed host address, for rings.
 
-use super::{MemoryError, Snapshot};
+use super::{Access, MemoryError, Snapshot};
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -16,22 +16,21 @@ impl Snapshot {
         addr: u64,
         len: usize,
         align: usize,
+        access: Access,
     ) -> Result<Mapped, MemoryError> {
         if !addr.is_multiple_of(align as u64) {
             return Err(MemoryError::Misaligned { addr, align });
         }
-        let (host, available) = self.find(addr).ok_or(MemoryError::Range {
-            addr,
-            len: len as u64,
+        let bytes = len as u64;
+        let mut first = None;
+        self.pieces(addr, bytes, access, |host, count| {
+            first.get_or_insert((host, count));
         })?;
-        if available < len as u64 {
-            return Err(match self.check(addr, len as u64) {
-                Ok(()) => MemoryError::Split {
-                    addr,
-                    len: len as u64,
-                },
-                Err(error) => error,
-            });
+        let Some((host, count)) = first else {
+            return Err(MemoryError::Range { addr, len: bytes });
+        };
+        if count < len {
+            return Err(MemoryError::Split { addr, len: bytes });
         }
         if !host.addr().get().is_multiple_of(align) {
             return Err(MemoryError::Misaligned { addr, align });
@@ -39,6 +38,7 @@ impl Snapshot {
         Ok(Mapped {
             host,
             len,
+            writable: if access == Access::Write { len } else { 0 },
             _snapshot: self.clone(),
         })
     }
@@ -47,11 +47,13 @@ impl Snapshot {
 /// A piece of guest memory at a fixed host address: a part of a ring.
 ///
 /// Accesses are volatile or atomic, and checked: beyond the end, reads give 0
-/// and writes do nothing. That does not happen with offsets from a ring's
-/// layout.
+/// and writes do nothing, as do all writes to what was mapped for reading. That
+/// does not happen with offsets from a ring's layout.
 pub struct Mapped {
     host: NonNull<u8>,
     len: usize,
+    /// How many of its bytes may be written: all of them or none.
+    writable: usize,
     _snapshot: Arc<Snapshot>,
 }
 
@@ -66,12 +68,12 @@ impl fmt::Debug for Mapped {
 
 impl Mapped {
     #[inline]
-    fn at<T>(&self, offset: usize) -> Option<NonNull<T>> {
+    fn at<T>(&self, offset: usize, len: usize) -> Option<NonNull<T>> {
         let end = offset.checked_add(size_of::<T>())?;
-        if end > self.len || !(self.host.addr().get() + offset).is_multiple_of(align_of::<T>()) {
+        if end > len || !(self.host.addr().get() + offset).is_multiple_of(align_of::<T>()) {
             return None;
         }
-        // SAFETY: inside the mapping.
+        // SAFETY: inside the mapping, as neither length goes beyond it.
         Some(unsafe { self.host.add(offset) }.cast())
     }
 
@@ -80,7 +82,7 @@ impl Mapped {
     #[must_use]
     pub fn read_u16(&self, offset: usize) -> u16 {
         // SAFETY: `at` checked bounds and alignment; any bytes are a number.
-        self.at::<u16>(offset)
+        self.at::<u16>(offset, self.len)
             .map_or(0, |place| u16::from_le(unsafe { place.read_volatile() }))
     }
 
@@ -89,7 +91,7 @@ impl Mapped {
     #[must_use]
     pub fn read_u32(&self, offset: usize) -> u32 {
         // SAFETY: as for `read_u16`.
-        self.at::<u32>(offset)
+        self.at::<u32>(offset, self.len)
             .map_or(0, |place| u32::from_le(unsafe { place.read_volatile() }))
     }
 
@@ -98,14 +100,14 @@ impl Mapped {
     #[must_use]
     pub fn read_u64(&self, offset: usize) -> u64 {
         // SAFETY: as for `read_u16`.
-        self.at::<u64>(offset)
+        self.at::<u64>(offset, self.len)
             .map_or(0, |place| u64::from_le(unsafe { place.read_volatile() }))
     }
 
     /// Writes a little-endian number at `offset`.
     #[inline]
     pub fn write_u16(&self, offset: usize, value: u16) {
-        if let Some(place) = self.at::<u16>(offset) {
+        if let Some(place) = self.at::<u16>(offset, self.writable) {
             // SAFETY: as for `read_u16`; guest memory may be written.
             unsafe { place.write_volatile(value.to_le()) };
         }
@@ -114,7 +116,7 @@ impl Mapped {
     /// Writes a little-endian number at `offset`.
     #[inline]
     pub fn write_u32(&self, offset: usize, value: u32) {
-        if let Some(place) = self.at::<u32>(offset) {
+        if let Some(place) = self.at::<u32>(offset, self.writable) {
             // SAFETY: as for `write_u16`.
             unsafe { place.write_volatile(value.to_le()) };
         }
@@ -125,7 +127,7 @@ impl Mapped {
     #[inline]
     #[must_use]
     pub fn load_acquire_u16(&self, offset: usize) -> u16 {
-        let Some(place) = self.at::<u16>(offset) else {
+        let Some(place) = self.at::<u16>(offset, self.len) else {
             return 0;
         };
         // SAFETY: aligned and in bounds; the guest's accesses are those of
@@ -137,7 +139,7 @@ impl Mapped {
     /// Writes a number that publishes everything written before.
     #[inline]
     pub fn store_release_u16(&self, offset: usize, value: u16) {
-        let Some(place) = self.at::<u16>(offset) else {
+        let Some(place) = self.at::<u16>(offset, self.writable) else {
             return;
         };
         // SAFETY: as for `load_acquire_u16`.
