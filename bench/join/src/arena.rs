@@ -8,7 +8,7 @@
 use pvkit_guest::dma::{
     Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Segment, Segments, StillShared,
 };
-use pvkit_host::memory::{Access, GuestMemory, Snapshot};
+use pvkit_host::memory::{GuestMemory, Snapshot};
 use std::alloc::Layout;
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
@@ -394,6 +394,7 @@ unsafe impl DmaBufMut for ArenaBuf {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pvkit_host::memory::Access;
 
     #[test]
     fn pieces_are_taken_aligned_and_come_together_again() {

@@ -35,7 +35,9 @@ pub struct BlockOptions {
     pub max_segments: u16,
     /// Features that may be used, of those that the driver knows.
     pub allow: Features,
-    /// Features without which the device is refused.
+    /// Features without which the device is refused. A confidential guest
+    /// requires ACCESS_PLATFORM: a device without it expects to reach all
+    /// memory.
     pub require: Features,
     /// The vector of the queue's interrupts. `None` where the transport has
     /// one line for everything, or for a queue that is polled.
@@ -71,6 +73,7 @@ fn supported() -> Features {
         | Features::IN_ORDER
         | Features::NOTIFICATION_DATA
         | Features::RING_RESET
+        | Features::ACCESS_PLATFORM
         | Features::ORDER_PLATFORM
         | block.into()
 }
