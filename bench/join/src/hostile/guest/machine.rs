@@ -104,6 +104,12 @@ impl Machine {
             .collect();
         let map = GuestMemoryMmap::<()>::from_ranges(&ranges).expect("guest memory");
         let memory = GuestMemory::new(Arc::new(map)).expect("a mapping");
+        Self::over(kind, memory)
+    }
+
+    /// Memory of the test's choice, of which guests see what their devices do.
+    #[must_use]
+    pub fn over(kind: Kind, memory: GuestMemory) -> Self {
         Self { memory, kind }
     }
 
