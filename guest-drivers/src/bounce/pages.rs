@@ -225,3 +225,31 @@ impl Pages {
         })
     }
 }
+
+#[cfg(all(test, feature = "alloc"))]
+mod tests {
+    use super::{BITS, BounceStorage, Pages};
+    use alloc::vec::Vec;
+
+    #[test]
+    fn a_run_that_somebody_else_has_a_page_of_is_not_touched() {
+        let count = 3 * BITS;
+        for used in [BITS - 2, BITS - 1, BITS, BITS + 1, 2 * BITS, 2 * BITS + 1] {
+            let pages = Pages::new(count, BounceStorage::heap(count)).unwrap();
+            assert!(pages.take(used, 1));
+            // As if the search had found it free a moment ago.
+            for (start, len) in [(used, 1), (BITS - 2, BITS + 4), (0, count), (used - 1, 3)] {
+                assert!(!pages.take(start, len));
+                let taken: Vec<_> = (0..count)
+                    .filter(|page| pages.next(*page, false) == Some(*page))
+                    .collect();
+                assert_eq!(taken, [used]);
+            }
+            pages.give(used, 1);
+            assert!(pages.take(BITS - 2, BITS + 4));
+            assert_eq!(pages.used(), BITS + 4);
+            pages.give(BITS - 2, BITS + 4);
+            assert_eq!(pages.used(), 0);
+        }
+    }
+}

@@ -2,13 +2,13 @@
 
 use super::{DeviceOptions, KINDS, PAGE, RecordingDisk, SECTORS, pattern};
 use pvkit_host::memory::{GuestMemory, Iommu, IovaWindow, Snapshot};
-use pvkit_host::virtio::queue::Fault;
+use pvkit_host::virtio::queue::{Fault, Queue, QueueAddresses};
 use pvkit_join::Kind;
 use pvkit_join::hostile::guest::{
     Guest, HIGH, LOW, Layout, Machine, indirect, linked, readable, writable,
 };
-use pvkit_protocol::virtio::DeviceStatus;
 use pvkit_protocol::virtio::block::{RequestType, status};
+use pvkit_protocol::virtio::{DeviceStatus, Features};
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -21,6 +21,7 @@ const TOP: u64 = u64::MAX - PAGE + 1;
 const RINGS: u64 = 0x1_8000;
 
 struct Scene {
+    machine: Machine,
     guest: Guest,
     /// Guest memory as it is.
     all: Arc<Snapshot>,
@@ -60,7 +61,11 @@ impl Scene {
         let all = memory.snapshot();
         let high = vec![0xc3; (HIGH.end - HIGH.start) as usize];
         all.write(HIGH.start, &high).unwrap();
-        Self { guest, all }
+        Self {
+            machine,
+            guest,
+            all,
+        }
     }
 
     /// What lies in the windows behind the rings, and beside them.
@@ -334,5 +339,34 @@ fn rings_at_the_edges() {
         scene.guest.layout = good;
         scene.guest.boot();
         assert!(scene.guest.works(3));
+    }
+}
+
+#[test]
+fn a_packed_ring_is_written_where_the_device_writes() {
+    let scene = Scene::new(Kind::Mmio);
+    let features = Features::VERSION_1 | Features::RING_PACKED | Features::ACCESS_PLATFORM;
+    let at = |descriptors, driver, device| QueueAddresses {
+        size: 8,
+        descriptors,
+        driver,
+        device,
+    };
+    let rings = LOW.start;
+    for (at, works) in [
+        (at(rings, DATA, DATA + 4), true),
+        (at(rings, READ_ONLY, DATA), true),
+        (
+            at(READ_ONLY - 128, READ_ONLY + PAGE - 4, READ_ONLY - 132),
+            true,
+        ),
+        (at(READ_ONLY, DATA, DATA + 4), false),
+        (at(READ_ONLY - 112, DATA, DATA + 4), false),
+        (at(rings, DATA, READ_ONLY), false),
+        (at(rings, READ_ONLY + PAGE, DATA), false),
+        (at(rings, DATA - 4, DATA), false),
+    ] {
+        let queue = Queue::new(scene.machine.memory(), at, features, 16, None);
+        assert_eq!(queue.is_ok(), works, "{at:x?}");
     }
 }
