@@ -182,7 +182,7 @@ impl Sum {
             rounds: self.rounds,
             samples: self.latency.len(),
             spin_us: row.spin_us,
-            guest_spin_us: 0,
+            guest_spin_us: row.guest_spin_us,
             iops,
             iops_by_round: self.by_round.clone(),
             mib_per_s: iops.map(|iops| iops * f64::from(row.block_bytes) / f64::from(1 << 20)),

@@ -9,6 +9,9 @@ use pvkit_workload::script::{Access, Completion};
 /// How long a worker polls before it sleeps, unless a row says otherwise.
 pub const SPIN_US: u32 = 50;
 
+/// How long a guest polls before it halts, in rows that say so.
+const GUEST_SPIN_US: u32 = 20;
+
 /// The rows of a run.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -32,6 +35,7 @@ fn row(device: DeviceKind, access: Access, kib: u32, depth: u32, completion: Com
         ring: Ring::Split,
         vmm: Vmm::Pvkit,
         spin_us: device.is_virtio().then_some(SPIN_US),
+        guest_spin_us: 0,
     }
 }
 
@@ -228,7 +232,12 @@ fn rows_beside_qemu(full: bool) -> Vec<Row> {
         ..open
     });
     for &depth in depths {
-        add(row(device, RandomRead, 4, depth, Interrupt));
+        let row = row(device, RandomRead, 4, depth, Interrupt);
+        add(row);
+        add(Row {
+            guest_spin_us: GUEST_SPIN_US,
+            ..row
+        });
     }
     if full {
         for &depth in depths {
@@ -300,7 +309,8 @@ fn pairs(rows: &[Row]) -> Vec<(usize, usize)> {
     for (a, one) in rows.iter().enumerate() {
         for (b, two) in rows.iter().enumerate() {
             let same_work = (one.access, one.block_bytes, one.completion, one.looping)
-                == (two.access, two.block_bytes, two.completion, two.looping);
+                == (two.access, two.block_bytes, two.completion, two.looping)
+                && one.guest_spin_us == two.guest_spin_us;
             let against_emulated = one.device == DeviceKind::VirtioBlk
                 && !two.device.is_virtio()
                 && one.vmm == two.vmm;

@@ -158,6 +158,9 @@ pub struct Row {
     /// How long the device's worker polls before it sleeps, in microseconds.
     /// `None` if it has no worker of its own, or one that is not ours to set.
     pub spin_us: Option<u32>,
+    /// How long a guest that completes by interrupt polls before it halts, in
+    /// microseconds.
+    pub guest_spin_us: u32,
 }
 
 /// Name of an access.
@@ -189,8 +192,12 @@ impl Row {
         } else {
             ""
         };
+        let after = match self.guest_spin_us {
+            0 => String::new(),
+            spin => format!("-after-{spin}us"),
+        };
         format!(
-            "{}-{}k-qd{}-{}{open}",
+            "{}-{}k-qd{}-{}{after}{open}",
             access_name(self.access),
             self.block_bytes / 1024,
             self.depth,
@@ -245,6 +252,7 @@ mod tests {
             ring: Ring::Split,
             vmm: Vmm::Pvkit,
             spin_us: Some(50),
+            guest_spin_us: 0,
         };
         assert_eq!(
             row.to_string(),
@@ -254,11 +262,12 @@ mod tests {
             looping: Loop::Open,
             ring: Ring::Packed,
             spin_us: Some(0),
+            guest_spin_us: 20,
             ..row
         };
         assert_eq!(
             row.to_string(),
-            "randread-4k-qd32-polled-open/virtio-blk-packed/pvkit/no-spin"
+            "randread-4k-qd32-polled-after-20us-open/virtio-blk-packed/pvkit/no-spin"
         );
     }
 }

@@ -2,12 +2,22 @@
 //!
 //! A kernel implements [`DmaSpace`] once for each way its devices reach
 //! memory: an identity map, a fixed offset ([`LinearSpace`]), an IOMMU domain,
-//! a pool of bounce buffers. Requests carry buffers that implement [`DmaBuf`];
+//! a pool of bounce buffers ([`BounceSpace`](crate::bounce::BounceSpace)).
+//!
+//! A space *is* the platform's DMA interface that ACCESS_PLATFORM asks for
+//! (virtio 1.3 §6): drivers accept that feature from every device that offers
+//! it, and take each address that they give a device from their space. Where
+//! devices sit behind an IOMMU, the space has to say what the IOMMU translates;
+//! for a device without the feature it has to say physical addresses (§6.1).
+//! A guest that must not run without it puts it in the driver's `require`.
+//!
+//! Requests carry buffers that implement [`DmaBuf`];
 //! a queue takes each apart with [`DmaBuf::into_raw`] while the device has it,
 //! so that nobody can touch or free it meanwhile.
 
 use core::alloc::Layout;
 use core::fmt;
+use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, Ordering};
 use thiserror::Error;
@@ -85,6 +95,11 @@ impl RawSlice {
         }
     }
 }
+
+#[cfg(feature = "alloc")]
+mod linear;
+#[cfg(feature = "alloc")]
+pub use linear::LinearSpace;
 
 #[cfg(feature = "alloc")]
 mod heap {
@@ -380,6 +395,17 @@ impl<S: DmaSpace> DmaRegion<S> {
         }
     }
 
+    /// Takes the region apart, without freeing it, into what
+    /// [`from_parts`](DmaRegion::from_parts) takes: for spaces that wrap
+    /// another.
+    pub fn into_parts(self) -> (S, NonNull<u8>, S::Addr, Layout) {
+        let region = ManuallyDrop::new(self);
+        // SAFETY: the region is never dropped, so this is the only space that
+        // comes of it.
+        let space = unsafe { core::ptr::read(&raw const region.space) };
+        (space, region.ptr, region.addr, region.layout)
+    }
+
     /// Where the region starts for the device.
     #[must_use]
     pub fn addr(&self) -> S::Addr {
@@ -514,87 +540,6 @@ impl<S: DmaSpace> Drop for DmaRegion<S> {
         // that a device knows holds the proof that the device was reset;
         // otherwise it calls `leak`.
         unsafe { self.space.dealloc(self.ptr, self.addr, self.layout) };
-    }
-}
-
-/// Memory that devices see at a fixed distance from where the driver sees it:
-/// an identity map, or a kernel's direct map. Regions come from the heap.
-#[cfg(feature = "alloc")]
-#[derive(Debug, Clone, Copy)]
-pub struct LinearSpace {
-    offset: usize,
-}
-
-#[cfg(feature = "alloc")]
-impl LinearSpace {
-    /// A space in which the device's address is the driver's plus `offset`,
-    /// modulo the size of the address space; 0 for an identity map.
-    ///
-    /// # Safety
-    /// That holds for the whole heap and for every buffer that is handed to a
-    /// driver using this space, and devices reach memory coherently.
-    #[must_use]
-    pub const unsafe fn new(offset: usize) -> Self {
-        Self { offset }
-    }
-}
-
-// SAFETY: regions are zeroed heap blocks, exclusive until `dealloc`; whoever
-// called `new` promised that devices reach them at the offset. A mapped buffer
-// is one segment (or several of less than 4 GiB) at the same offset.
-#[cfg(feature = "alloc")]
-unsafe impl DmaSpace for LinearSpace {
-    type Addr = u64;
-
-    fn alloc(&self, layout: Layout) -> Result<DmaRegion<Self>, DmaError> {
-        let error = DmaError::OutOfMemory {
-            bytes: layout.size(),
-            align: layout.align(),
-        };
-        if layout.size() == 0 {
-            return Err(error);
-        }
-        // SAFETY: the size is not 0.
-        let ptr = NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) }).ok_or(error)?;
-        let addr = ptr.addr().get().wrapping_add(self.offset) as u64;
-        // SAFETY: a fresh, zeroed, exclusive block.
-        Ok(unsafe { DmaRegion::from_parts(*self, ptr, addr, layout) })
-    }
-
-    unsafe fn dealloc(&self, ptr: NonNull<u8>, _addr: u64, layout: Layout) {
-        // SAFETY: the block comes from `alloc_zeroed` with this layout.
-        unsafe { alloc::alloc::dealloc(ptr.as_ptr(), layout) };
-    }
-
-    unsafe fn map(
-        &self,
-        buffer: NonNull<[u8]>,
-        _direction: Direction,
-        out: &mut Segments<'_, u64>,
-    ) -> Result<(), DmaError> {
-        let mut addr = buffer.cast::<u8>().addr().get().wrapping_add(self.offset) as u64;
-        let mut left = buffer.len();
-        while left > 0 {
-            // A segment's length has 32 bits; stay page-aligned below that.
-            let len = left.min(0xffff_f000);
-            out.push(Segment {
-                addr,
-                len: len as u32,
-            })?;
-            addr = addr.wrapping_add(len as u64);
-            left -= len;
-        }
-        Ok(())
-    }
-
-    unsafe fn unmap(
-        &self,
-        _buffer: NonNull<[u8]>,
-        _direction: Direction,
-        _segments: &[Segment<u64>],
-        _written: usize,
-    ) -> Result<(), StillShared> {
-        Ok(())
     }
 }
 

@@ -7,7 +7,8 @@
 //! A tour, from what a kernel provides to what it gets:
 //!
 //! - [`dma`]: the kernel says how devices reach its memory ([`dma::DmaSpace`]),
-//!   and hands over buffers ([`dma::DmaBuf`]).
+//!   and hands over buffers ([`dma::DmaBuf`]). A confidential guest shares only
+//!   what [`bounce`] copies through.
 //! - [`register`]: how registers and ports are reached.
 //! - [`interrupt`] and [`doorbell`]: one bit of news in each direction.
 //! - [`block`]: the contract of every disk driver here, whatever the family:
@@ -65,9 +66,9 @@
 //!
 //! ## Unsafe code
 //!
-//! It stands in [`dma`], [`register`], the transports, the virtqueue, the
-//! record of lent buffers, the barriers, and the two ways in which the ATA
-//! driver moves data. No other module has any.
+//! It stands in [`dma`], [`bounce`], [`register`], the transports, the
+//! virtqueue, the record of lent buffers, the barriers, and the two ways in
+//! which the ATA driver moves data. No other module has any.
 #![no_std]
 #![deny(unsafe_code)]
 #![cfg_attr(
@@ -84,6 +85,8 @@
 extern crate alloc;
 
 pub mod block;
+#[allow(unsafe_code)]
+pub mod bounce;
 #[allow(unsafe_code)]
 pub mod dma;
 pub mod doorbell;

@@ -8,7 +8,8 @@
 //!
 //! - [`disk`]: what a disk really is: memory or a file; sectors in, sectors
 //!   out.
-//! - [`memory`]: the guest's memory, never trusted, copied once.
+//! - [`memory`]: the guest's memory, never trusted, copied once; behind an
+//!   [`Iommu`](memory::Iommu), if devices are to reach only parts of it.
 //! - [`worker`]: the data plane of a device, driven by whoever links it; and
 //!   [`executor`], which drives workers on threads for those who want that.
 //! - [`virtio`]: the device half of the split ring, the block device, and the

@@ -1,5 +1,9 @@
-//! A driver's transport of either kind, so that one test runs on both.
+//! A driver's transport of either kind, and its memory, so that one test runs
+//! on all.
 
+use crate::arena::ArenaSpace;
+use pvkit_guest::bounce::BounceSpace;
+use pvkit_guest::dma::{Direction, DmaError, DmaRegion, DmaSpace, Segment, Segments, StillShared};
 use pvkit_guest::doorbell::{Doorbell, Position};
 use pvkit_guest::register::Registers;
 use pvkit_guest::virtio::transport::{
@@ -7,6 +11,8 @@ use pvkit_guest::virtio::transport::{
     Quiesced, ResetTimeout, Transport, VectorError,
 };
 use pvkit_protocol::virtio::{DeviceStatus, Features};
+use std::alloc::Layout;
+use std::ptr::NonNull;
 
 /// virtio-mmio, or virtio-pci.
 #[derive(Debug)]
@@ -140,5 +146,75 @@ unsafe impl<R: Registers> Transport for AnyTransport<R> {
     }
     fn claim_config_events(&self) -> Events {
         pass!(self, transport => transport.claim_config_events())
+    }
+}
+
+/// How a driver shares memory: all of it, or by bounce buffers.
+#[derive(Debug, Clone)]
+pub enum AnySpace {
+    /// All of an arena.
+    Arena(ArenaSpace),
+    /// A piece of an arena.
+    Bounce(BounceSpace),
+}
+
+/// Passes a call on to the space, whichever it is.
+macro_rules! either {
+    ($self:ident, $space:ident => $call:expr) => {
+        match $self {
+            Self::Arena($space) => $call,
+            Self::Bounce($space) => $call,
+        }
+    };
+}
+
+impl AnySpace {
+    /// The space of a region from one of the two.
+    fn wrap<S: DmaSpace<Addr = u64>>(
+        region: DmaRegion<S>,
+        wrap: impl FnOnce(S) -> Self,
+    ) -> DmaRegion<Self> {
+        let (space, ptr, addr, layout) = region.into_parts();
+        // SAFETY: the parts of a region, which `dealloc` frees in the space
+        // that it is from.
+        unsafe { DmaRegion::from_parts(wrap(space), ptr, addr, layout) }
+    }
+}
+
+// SAFETY: passes every call on, unchanged.
+unsafe impl DmaSpace for AnySpace {
+    type Addr = u64;
+
+    fn alloc(&self, layout: Layout) -> Result<DmaRegion<Self>, DmaError> {
+        Ok(match self {
+            Self::Arena(space) => Self::wrap(space.alloc(layout)?, Self::Arena),
+            Self::Bounce(space) => Self::wrap(space.alloc(layout)?, Self::Bounce),
+        })
+    }
+    unsafe fn dealloc(&self, ptr: NonNull<u8>, addr: u64, layout: Layout) {
+        // SAFETY: what the caller promises, passed on.
+        either!(self, space => unsafe { space.dealloc(ptr, addr, layout) });
+    }
+    unsafe fn map(
+        &self,
+        buffer: NonNull<[u8]>,
+        direction: Direction,
+        out: &mut Segments<'_, u64>,
+    ) -> Result<(), DmaError> {
+        // SAFETY: what the caller promises, passed on.
+        either!(self, space => unsafe { space.map(buffer, direction, out) })
+    }
+    unsafe fn unmap(
+        &self,
+        buffer: NonNull<[u8]>,
+        direction: Direction,
+        segments: &[Segment<u64>],
+        written: usize,
+    ) -> Result<(), StillShared> {
+        // SAFETY: what the caller promises, passed on.
+        either!(self, space => unsafe { space.unmap(buffer, direction, segments, written) })
+    }
+    fn leaked(&self, bytes: usize) {
+        either!(self, space => space.leaked(bytes));
     }
 }

@@ -5,10 +5,11 @@
 //! in and out, in the direction that the driver named and no other, so that a
 //! wrong direction or a wrong length shows as wrong data.
 
+use pvkit_guest::bounce::BounceSpace;
 use pvkit_guest::dma::{
     Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Segment, Segments, StillShared,
 };
-use pvkit_host::memory::{GuestMemory, Snapshot};
+use pvkit_host::memory::{GuestMemory, IovaWindow, Snapshot};
 use std::alloc::Layout;
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
@@ -115,6 +116,29 @@ impl Arena {
             len,
             shared: self.shared.clone(),
         })
+    }
+
+    /// A space of bounce buffers in a piece of the arena, taken for good, and
+    /// the window at `iova` through which devices have to see it.
+    ///
+    /// # Panics
+    /// If there is no such piece, or `iova` is not at a page.
+    #[must_use]
+    pub fn bounce(&self, bytes: usize, iova: u64) -> (BounceSpace, IovaWindow) {
+        let layout = Layout::from_size_align(bytes, 4096).expect("a size");
+        let piece = self.shared.take(layout).expect("a piece of the arena");
+        let offset = self.shared.offset(piece).expect("a piece of the arena");
+        // The space may outlive every arena.
+        std::mem::forget(self.shared.clone());
+        // SAFETY: the piece is never given back, and its mapping never ends.
+        let space = unsafe { BounceSpace::heap(piece, iova, bytes) };
+        let window = IovaWindow {
+            iova,
+            addr: BASE + offset as u64,
+            len: bytes as u64,
+            writable: true,
+        };
+        (space.expect("pages"), window)
     }
 
     /// Bytes that are handed out.
@@ -394,6 +418,7 @@ unsafe impl DmaBufMut for ArenaBuf {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pvkit_host::memory::Access;
 
     #[test]
     fn pieces_are_taken_aligned_and_come_together_again() {
@@ -427,7 +452,7 @@ mod tests {
         let mut copy = [0; 16];
         arena.snapshot().read(BASE, &mut copy).unwrap();
         assert_eq!(&copy, b"seen by a device");
-        arena.snapshot().check(BASE, 8192).unwrap();
-        assert!(arena.snapshot().check(BASE, 8193).is_err());
+        arena.snapshot().check(BASE, 8192, Access::Write).unwrap();
+        assert!(arena.snapshot().check(BASE, 8193, Access::Read).is_err());
     }
 }

@@ -13,7 +13,7 @@
 //! - [`mod@stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
-//! - [`conformance`] runs the same tests on every way in which both can come
+//! - [`mod@conformance`] runs the same tests on every way in which both can come
 //!   together.
 //! - [`disk`] is a disk that holds requests back until it is told to go on.
 //! - [`hostile`] has a guest that writes what it likes, and a device that
@@ -39,11 +39,12 @@ pub mod stepped;
 pub mod wire;
 
 use any::AnyTransport;
-use arena::{Arena, ArenaSpace};
+use arena::{Arena, ArenaSpace, BASE};
 use pci::{AnyWire, VirtioPci};
 use pvkit_guest::virtio::transport::MmioTransport as GuestTransport;
 use pvkit_host::disk::Disk;
 use pvkit_host::executor::Executor;
+use pvkit_host::memory::{GuestMemory, Iommu, IovaWindow};
 use pvkit_host::virtio::block::{Block, BlockCounters, BlockOptions};
 use pvkit_host::virtio::transport::{MmioTransport as HostTransport, PciOptions};
 use pvkit_host::worker::SignalCounter;
@@ -80,7 +81,13 @@ pub struct Join {
     /// The machine, if the device is on PCI.
     pub pci: Option<VirtioPci>,
     kind: Kind,
+    /// What the device sees the arena through, if not as it is.
+    pub iommu: Option<Iommu>,
 }
+
+/// Where the arena starts for a device that was [translated](Join::translated):
+/// at no address that fits 32 bits.
+pub const IOVA: u64 = 0x5a_0000_0000;
 
 impl Join {
     /// A device on `disk`, driven by `executor`, and a guest with `bytes` of
@@ -98,11 +105,72 @@ impl Join {
         bytes: usize,
     ) -> Self {
         let arena = Arena::new(bytes);
+        let memory = arena.guest_memory().clone();
+        Self::over(kind, disk, options, executor, arena, memory)
+    }
+
+    /// The same with an IOMMU in front of the device, which shows it all of
+    /// the guest's memory from [`IOVA`] on, in windows of 64 KiB.
+    ///
+    /// # Panics
+    /// See [`new`](Join::new).
+    #[must_use]
+    pub fn translated(
+        kind: Kind,
+        disk: Arc<dyn Disk>,
+        options: BlockOptions,
+        executor: Box<dyn Executor>,
+        bytes: usize,
+    ) -> Self {
+        let arena = Arena::new(bytes);
+        let iommu = Iommu::new(arena.guest_memory());
+        let bytes = arena.bytes() as u64;
+        let windows: Vec<_> = (0..bytes)
+            .step_by(0x1_0000)
+            .map(|offset| IovaWindow {
+                iova: IOVA + offset,
+                addr: BASE + offset,
+                len: (bytes - offset).min(0x1_0000),
+                writable: true,
+            })
+            .collect();
+        iommu.map_all(&windows).expect("windows");
+        Self::behind(kind, disk, options, executor, &arena, iommu)
+    }
+
+    /// A device behind `iommu`, in the guest that `arena` is the memory of.
+    ///
+    /// # Panics
+    /// See [`new`](Join::new).
+    #[must_use]
+    pub fn behind(
+        kind: Kind,
+        disk: Arc<dyn Disk>,
+        options: BlockOptions,
+        executor: Box<dyn Executor>,
+        arena: &Arena,
+        iommu: Iommu,
+    ) -> Self {
+        let memory = iommu.memory().clone();
+        let join = Self::over(kind, disk, options, executor, arena.clone(), memory);
+        Self {
+            iommu: Some(iommu),
+            ..join
+        }
+    }
+
+    fn over(
+        kind: Kind,
+        disk: Arc<dyn Disk>,
+        options: BlockOptions,
+        executor: Box<dyn Executor>,
+        arena: Arena,
+        memory: GuestMemory,
+    ) -> Self {
         let device = Block::new(disk, options).expect("block options");
         let counters = device.counters();
         let queue_counters = device.queue_counters();
         let device = Box::new(device);
-        let memory = arena.guest_memory().clone();
         if kind == Kind::Mmio {
             let interrupts = Arc::new(SignalCounter::default());
             let transport = HostTransport::new(device, memory, executor, interrupts.clone());
@@ -114,6 +182,7 @@ impl Join {
                 interrupts,
                 pci: None,
                 kind,
+                iommu: None,
             };
         }
         let options = match kind {
@@ -129,6 +198,7 @@ impl Join {
             interrupts: pci.interrupts.all.clone(),
             pci: Some(pci),
             kind,
+            iommu: None,
         }
     }
 
@@ -172,9 +242,12 @@ impl Join {
         }
     }
 
-    /// How the driver shares memory with the device.
+    /// How the driver shares memory with the device; if that is behind an
+    /// IOMMU, one that shows all of it as for a
+    /// [translated](Join::translated) one.
     #[must_use]
     pub fn space(&self) -> ArenaSpace {
-        self.arena.space()
+        let offset = self.iommu.as_ref().map_or(0, |_| IOVA - BASE);
+        self.arena.space().seen_from(offset)
     }
 }

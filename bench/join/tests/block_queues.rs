@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{KIND, Queue, RecordingDisk, Transport, pattern};
+use common::{DirectQueue as Queue, KIND, RecordingDisk, Transport, pattern};
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue};
 use pvkit_guest::fault::Fault;
 use pvkit_guest::virtio::block::{Block, BlockOptions};

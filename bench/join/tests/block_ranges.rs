@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{KIND, Pair, Queue, RecordingDisk, Transport, pair_on, pattern};
+use common::{DirectQueue as Queue, KIND, Pair, RecordingDisk, Transport, pair_on, pattern};
 use pvkit_guest::block::{
     BlockError, BlockOp, BlockQueue, LIFETIME_BYTES, Lifetime, RangeLimits, Reason, Topology,
     ZeroesLimits,

@@ -156,6 +156,8 @@ fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     job.duration_ticks.set(ticks(settings, settings.duration));
     job.max_requests
         .set(u32::try_from(samples).unwrap_or(u32::MAX));
+    let guest_spin = Duration::from_micros(u64::from(row.guest_spin_us));
+    job.spin_ticks.set(ticks(settings, guest_spin) as u32);
     job.warmup.set(2 * row.depth);
     // A fixed number of bytes, whatever the size of a request.
     job.verify.set((512 * 1024 / row.block_bytes).clamp(4, 64));

@@ -17,7 +17,8 @@ use thiserror::Error;
 pub struct Identity {
     /// Device type (virtio 1.3 §5).
     pub device_id: u32,
-    /// Everything that the device offers.
+    /// Everything that the device offers. The transport decides about
+    /// ACCESS_PLATFORM, by the memory that it gives the device.
     pub features: Features,
     /// The queues of each lane. Together they are `0..n`, in order.
     pub lanes: Vec<Range<u16>>,

@@ -20,6 +20,10 @@ pub struct Setup {
     pub oldest_first: bool,
     /// Drop the queue in the end, without proof that the device let go.
     pub drop: bool,
+    /// Offer packed rings.
+    pub packed: bool,
+    /// Offer to use requests in their order.
+    pub in_order: bool,
     /// Size of the queue: 4, 8 or 16.
     pub queue_size: u16,
 }
@@ -27,7 +31,7 @@ pub struct Setup {
 impl<'a> Arbitrary<'a> for Setup {
     fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
         let bits: u8 = u.arbitrary()?;
-        let power: u8 = u.arbitrary()?;
+        let more: u8 = u.arbitrary()?;
         Ok(Self {
             indirect: bits & 1 != 0,
             event_idx: bits & 2 != 0,
@@ -36,7 +40,9 @@ impl<'a> Arbitrary<'a> for Setup {
             narrow: bits & 16 != 0,
             oldest_first: bits & 32 != 0,
             drop: bits & 64 != 0,
-            queue_size: 4 << (power % 3),
+            packed: bits & 128 != 0,
+            in_order: more & 128 != 0,
+            queue_size: 4 << ((more & 127) % 3),
         })
     }
 }
@@ -44,11 +50,11 @@ impl<'a> Arbitrary<'a> for Setup {
 /// A part of guest memory that is worth meddling with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Area {
-    /// The descriptor table.
+    /// The descriptor table, or the packed ring.
     Descriptors,
-    /// The available ring.
+    /// The available ring, or what the driver wants to be told.
     Avail,
-    /// The used ring.
+    /// The used ring, or what the device wants to be told.
     Used,
     /// Headers, status bytes and indirect tables.
     Slots,
@@ -119,20 +125,22 @@ pub enum Action {
         /// To what.
         value: u16,
     },
-    /// An index moves: the available one, or the used one.
+    /// An index moves: the available one, or the used one. Of a packed ring,
+    /// a descriptor changes hands.
     Index {
-        /// Whose.
+        /// Whose: that of the device.
         used: bool,
-        /// By how much.
+        /// By how much; which descriptor.
         by: i8,
     },
-    /// A used element is rewritten.
+    /// A used element is rewritten; a packed descriptor is given back.
     Element {
         /// Which.
         slot: u8,
         /// Its id.
         id: u8,
-        /// Its length.
+        /// Its length; of a packed descriptor, the upper two bits are the wrap
+        /// counter and WRITE.
         len: u16,
     },
     /// A descriptor is rewritten, of the table or of a slot's own.
@@ -143,9 +151,9 @@ pub enum Action {
         page: u8,
         /// Its length.
         len: u16,
-        /// Its flags.
+        /// Its flags; of a packed one, the upper two bits are AVAIL and USED.
         flags: u8,
-        /// Its next one.
+        /// Its next one; of a packed one, its id.
         next: u8,
     },
     /// A request's header is rewritten.

@@ -19,6 +19,7 @@
 
 mod action;
 mod buffer;
+mod forge;
 mod meddler;
 mod pci;
 
@@ -39,12 +40,9 @@ use pvkit_host::bus::BusDevice;
 use pvkit_host::virtio::block::{Block as Device, BlockOptions as DeviceOptions};
 use pvkit_host::virtio::transport::MmioTransport as HostTransport;
 use pvkit_host::worker::{Progress, SignalCounter};
-use pvkit_protocol::virtio::block::{RequestHeader, RequestType};
-use pvkit_protocol::virtio::split::{AVAIL_IDX, USED_IDX, USED_RING};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use zerocopy::IntoBytes;
 
 const ARENA_BYTES: usize = 256 * 1024;
 const SECTORS: u64 = 64;
@@ -127,6 +125,8 @@ impl World {
             queue_size: setup.queue_size,
             indirect: setup.indirect,
             event_idx: setup.event_idx,
+            packed: setup.packed,
+            in_order: setup.in_order,
             ..DeviceOptions::default()
         };
         let (executor, steps) = stepped();
@@ -332,136 +332,6 @@ impl World {
             if let Progress::Broken(fault) = progress {
                 assert!(self.meddled, "{fault}");
             }
-        }
-    }
-
-    /// The bytes of an area, as guest addresses.
-    fn area(&self, area: Area) -> (u64, u64) {
-        let size = u64::from(self.setup.queue_size);
-        let place = self.wire.device().place;
-        match area {
-            Area::Descriptors => (place.descriptors, 16 * size),
-            Area::Avail => (place.avail, 6 + 2 * size),
-            Area::Used => (place.used, 6 + 8 * size),
-            // Allocated first, and so in front of the rings.
-            Area::Slots => (BASE, place.descriptors - BASE),
-            Area::Anywhere => (BASE, ARENA_BYTES as u64),
-        }
-    }
-
-    fn poke(&self, addr: u64, bytes: &[u8]) {
-        // Areas end inside guest memory, words of the last one may not.
-        let _ = self.arena.snapshot().write(addr, bytes);
-    }
-
-    fn peek(&self, addr: u64) -> [u8; 2] {
-        let mut bytes = [0; 2];
-        let _ = self.arena.snapshot().read(addr, &mut bytes);
-        bytes
-    }
-
-    fn meddle(&mut self, action: Action) {
-        match action {
-            Action::Flip { area, offset, bit } => {
-                let (start, len) = self.area(area);
-                let addr = start + u64::from(offset) % len.max(1);
-                let byte = self.peek(addr)[0] ^ (1 << (bit % 8));
-                self.poke(addr, &[byte]);
-            }
-            Action::Word {
-                area,
-                offset,
-                value,
-            } => {
-                let (start, len) = self.area(area);
-                let addr = start + 2 * (u64::from(offset) % (len / 2).max(1));
-                self.poke(addr, &value.to_le_bytes());
-            }
-            Action::Index { used, by } => {
-                let place = self.wire.device().place;
-                let addr = if used {
-                    place.used + USED_IDX as u64
-                } else {
-                    place.avail + AVAIL_IDX as u64
-                };
-                let index = u16::from_le_bytes(self.peek(addr));
-                let index = index.wrapping_add_signed(i16::from(by));
-                self.poke(addr, &index.to_le_bytes());
-            }
-            Action::Element { slot, id, len } => {
-                let slot = u64::from(slot) % u64::from(self.setup.queue_size);
-                let used = self.wire.device().place.used;
-                let addr = used + USED_RING as u64 + 8 * slot;
-                let mut element = [0; 8];
-                element[0] = id;
-                element[4..6].copy_from_slice(&len.to_le_bytes());
-                self.poke(addr, &element);
-            }
-            Action::Descriptor {
-                index,
-                page,
-                len,
-                flags,
-                next,
-            } => {
-                let area = if index & 0x80 == 0 {
-                    Area::Descriptors
-                } else {
-                    Area::Slots
-                };
-                let (start, bytes) = self.area(area);
-                let addr = start + 16 * (u64::from(index & 0x7f) % (bytes / 16).max(1));
-                let to = BASE + 0x400 * u64::from(page);
-                let mut descriptor = [0; 16];
-                descriptor[..8].copy_from_slice(&to.to_le_bytes());
-                descriptor[8..10].copy_from_slice(&len.to_le_bytes());
-                descriptor[12] = flags;
-                descriptor[14] = next;
-                self.poke(addr, &descriptor);
-            }
-            Action::Header {
-                slot,
-                kind,
-                sector,
-                shift,
-            } => {
-                let (start, len) = self.area(Area::Slots);
-                let size = u64::from(self.setup.queue_size);
-                let addr = start + u64::from(slot) % size * (len / size);
-                let kind = match kind % 5 {
-                    0 => RequestType::IN,
-                    1 => RequestType::OUT,
-                    2 => RequestType::FLUSH,
-                    3 => RequestType::GET_ID,
-                    _ => RequestType(u32::from(kind)),
-                };
-                let sector = u64::from(sector) << (shift % 64);
-                self.poke(addr, RequestHeader::new(kind, sector).as_bytes());
-            }
-            Action::Write {
-                offset,
-                width,
-                value,
-            } => {
-                let width = usize::from(width % 9);
-                let offset = match width {
-                    4 => u64::from(offset % 0x50) * 4,
-                    _ => u64::from(offset % 0x240),
-                };
-                let mut data = [0; 8];
-                data[..4].copy_from_slice(&value.to_le_bytes());
-                // Past the meddler: the driver's own addresses stay known.
-                self.wire.device().device.write(offset, &data[..width]);
-            }
-            Action::Lie {
-                register,
-                mask,
-                times,
-            } => {
-                let offset = u64::from(register % 0x52) * 4;
-                self.wire.device().lie(offset, mask, times);
-            }
-            action => unreachable!("{action:?} meddles with nothing"),
         }
     }
 

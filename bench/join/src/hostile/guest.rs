@@ -7,10 +7,11 @@
 
 mod front;
 mod machine;
+pub mod packed;
 
 pub use front::Front;
 pub use machine::{
-    HIGH, HOLE, LOW, Layout, Machine, TOP, indirect, linked, readable, then, writable,
+    HIGH, HOLE, LOW, Layout, Machine, TOP, WIDE, indirect, linked, readable, then, writable,
 };
 
 use crate::stepped::Steps;
@@ -208,6 +209,11 @@ impl Guest {
         }
         self.offered = 0;
         self.looked = 0;
+        self.set_up_queue_at(layout)
+    }
+
+    /// Writes the registers of the queue, and enables it.
+    pub fn set_up_queue_at(&mut self, layout: Layout) -> &mut Self {
         let (queue, size) = (self.queue, u32::from(self.size));
         self.set_register(mmio::QUEUE_SEL, queue)
             .set_register(mmio::QUEUE_SIZE, size)

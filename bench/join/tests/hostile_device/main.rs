@@ -9,6 +9,7 @@
 mod completions;
 mod in_order;
 mod leaks;
+mod model;
 mod negotiation;
 mod packed;
 mod recovery;

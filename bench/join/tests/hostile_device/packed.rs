@@ -412,6 +412,28 @@ fn nothing_of_an_earlier_life_is_left_in_the_ring() {
 }
 
 #[test]
+fn requests_of_an_earlier_life_are_no_news() {
+    // Two were posted and never shown. In the new life, one request passes one
+    // place, and not those before it.
+    let mut scene = Scene::with(PACKED, true);
+    for place in [254, 255] {
+        scene.submit(0);
+        scene.submit(1);
+        let Scene { block, queue, .. } = &mut scene;
+        block.recover(queue, &mut |_| {}).unwrap();
+        // In the round before the first.
+        scene.device().set_device_event(2 << 16 | place);
+        let kicks = scene.device().kicks;
+        scene.submit(0);
+        scene.queue.publish();
+        assert_eq!(scene.device().kicks, kicks, "{place}");
+        scene.device().serve();
+        assert!(scene.done().is_some());
+    }
+    scene.assert_recovers("no news", &[]);
+}
+
+#[test]
 fn memory_without_proof_is_leaked_and_counted() {
     for (ring, indirect) in BOTH.iter().flat_map(|ring| [(*ring, true), (*ring, false)]) {
         for fault in [false, true] {

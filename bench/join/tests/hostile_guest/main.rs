@@ -7,6 +7,7 @@ mod chains;
 mod draining;
 mod lanes;
 mod memory;
+mod packed;
 mod queue_resets;
 mod ranges;
 mod registers;

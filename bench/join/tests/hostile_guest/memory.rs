@@ -4,9 +4,11 @@ use super::{SECTORS, Scene, options};
 use pvkit_host::virtio::block::BlockOptions;
 use pvkit_host::virtio::queue::Fault;
 use pvkit_join::disk::RecordingDisk;
+use pvkit_join::hostile::guest::packed::PackedRing;
 use pvkit_join::hostile::guest::{
     HIGH, HOLE, LOW, Machine, indirect, linked, readable, then, writable,
 };
+use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::block::RequestType;
 use pvkit_protocol::virtio::mmio;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -105,6 +107,38 @@ fn requests_allocate_nothing_whatever_they_claim() {
         assert!(bytes <= POLL, "{bytes} bytes for a fault");
         assert!(guest.reset());
         guest.boot();
+    }
+}
+
+#[test]
+fn packed_rings_allocate_nothing_whatever_they_claim() {
+    let mut scene = Scene::cold(BlockOptions {
+        in_order: true,
+        ..options()
+    });
+    scene.disk.ops.lock().unwrap().reserve(1000);
+    let guest = &mut scene.guest;
+    let steps = guest.steps();
+    let table = guest.layout.table;
+    for in_order in [false, true] {
+        for bytes in [129 * 16, 0x7fff_fff0, u32::MAX - 15, u32::MAX] {
+            let mut features = guest.offered_features();
+            features.set(Features::IN_ORDER, in_order);
+            let mut ring = PackedRing::boot_with(guest, 7, features);
+            for sector in 0..3 {
+                assert!(ring.works(guest, sector));
+            }
+            let header = guest.set_header(0, RequestType::IN, 0);
+            let data = guest.layout.data;
+            let chain = [readable(header, 16), writable(data, 513)];
+            ring.post(guest, 1, &chain);
+            ring.post(guest, 2, &chain);
+            ring.post(guest, 3, &[indirect(table, bytes)]);
+            let bytes = allocated(|| drop(steps.poll(64)));
+            assert!(bytes <= POLL, "{bytes} bytes");
+            assert_eq!(ring.used(guest).last().map(|used| used.id), Some(2));
+            assert!(guest.reset());
+        }
     }
 }
 

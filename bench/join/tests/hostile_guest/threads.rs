@@ -19,9 +19,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// On a busy machine, fewer rounds will do.
-const ENOUGH: Duration = Duration::from_secs(2);
+pub(super) const ENOUGH: Duration = Duration::from_secs(2);
 
-fn threads() -> Box<Threads> {
+pub(super) fn threads() -> Box<Threads> {
     let options = ThreadOptions {
         spin: Duration::from_micros(20),
         budget: 16,
@@ -149,9 +149,12 @@ fn a_guest_that_rewrites_everything_while_threads_serve_it() {
 
 /// Driver and device on threads, with a third that flips bits of the memory
 /// between them.
-fn flip_between(disk: Arc<dyn Disk>, rounds: u32, seed: u64) {
+fn flip_between(disk: Arc<dyn Disk>, ring: (bool, bool), rounds: u32, seed: u64) {
+    let (packed, in_order) = ring;
     let options = BlockOptions {
         queue_size: 16,
+        packed,
+        in_order,
         ..BlockOptions::default()
     };
     let join = Join::new(super::KIND, disk, options, threads(), 1 << 20);
@@ -285,7 +288,9 @@ fn recover<
 #[test]
 fn driver_and_device_on_threads_with_bits_flipped_between_them() {
     let disk = MemoryDisk::from_bytes(pattern(0, SECTORS as usize * 512));
-    flip_between(Arc::new(disk), 2_000, 7);
-    let (_file, disk) = file_disk(FileOptions::default()).unwrap();
-    flip_between(Arc::new(disk), 1_000, 8);
+    let (_file, file) = file_disk(FileOptions::default()).unwrap();
+    for (seed, ring) in (0..).zip([(false, false), (true, false), (false, true), (true, true)]) {
+        flip_between(Arc::new(disk.clone()), ring, 500, 2 * seed + 7);
+        flip_between(Arc::new(file.clone()), ring, 250, 2 * seed + 8);
+    }
 }

@@ -35,7 +35,9 @@ pub struct BlockOptions {
     pub max_segments: u16,
     /// Features that may be used, of those that the driver knows.
     pub allow: Features,
-    /// Features without which the device is refused.
+    /// Features without which the device is refused. A confidential guest
+    /// requires ACCESS_PLATFORM: a device without it expects to reach all
+    /// memory.
     pub require: Features,
     /// The vector of the first queue's interrupts. `None` where the transport
     /// has one line for everything, or for queues that are polled.
@@ -91,6 +93,7 @@ fn supported(queues: usize) -> Features {
         | Features::IN_ORDER
         | Features::NOTIFICATION_DATA
         | Features::RING_RESET
+        | Features::ACCESS_PLATFORM
         | Features::ORDER_PLATFORM
         | block.into()
 }

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use crate::disk::DiskError;
-use crate::memory::{GuestMemory, IoBufs};
+use crate::memory::{Access, GuestMemory, IoBufs};
 use std::sync::{Arc, OnceLock};
 
 /// Buffers that direct I/O cannot use are copied through one of this size.
@@ -43,7 +43,7 @@ pub(super) fn fill_zeroes(bufs: &mut IoBufs, left: u64) -> Result<u64, DiskError
     let rest = left - now;
     while now > 0 {
         let piece = now.min(ZERO_BYTES);
-        bufs.push(0, piece).map_err(|_| no_memory)?;
+        bufs.push(0, piece, Access::Read).map_err(|_| no_memory)?;
         now -= piece;
     }
     Ok(rest)

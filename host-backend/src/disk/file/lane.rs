@@ -5,7 +5,7 @@ use super::bounce::{BOUNCE_BYTES, Bounce};
 use super::pending::{Pending, Transfer, Work};
 use super::range::Range;
 use crate::disk::{DiskError, DiskLane, DiskOp, DiskRequest, SECTOR_BYTES, Submit};
-use crate::memory::IoBufs;
+use crate::memory::{Access, IoBufs};
 use crate::worker::Interest;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
@@ -290,7 +290,7 @@ impl FileLane {
                 }
             }
             piece.start(&snapshot);
-            if piece.push(0, count).is_err() {
+            if piece.push(0, count, Access::Write).is_err() {
                 break Err(lost);
             }
             if let Err(error) = self.transfer_all(write, &mut piece, offset, flags) {

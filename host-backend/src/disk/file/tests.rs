@@ -2,7 +2,7 @@ mod ranges;
 
 use super::*;
 use crate::disk::{DiskOp, DiskRequest, Submit};
-use crate::memory::{GuestMemory, IoBufs};
+use crate::memory::{Access, GuestMemory, IoBufs};
 use rustix::fs::Advice;
 use std::io::Write;
 use std::num::NonZeroU64;
@@ -41,7 +41,7 @@ impl Bench {
         let mut bufs = IoBufs::new();
         bufs.start(&self.memory.snapshot());
         for &(addr, len) in ranges {
-            bufs.push(addr, len).unwrap();
+            bufs.push(addr, len, Access::Write).unwrap();
         }
         bufs
     }

@@ -3,7 +3,7 @@
 //! Controller", revision 1.0).
 #![forbid(unsafe_code)]
 
-use crate::memory::{IoBufs, MemoryError, Snapshot};
+use crate::memory::{Access, IoBufs, MemoryError, Snapshot};
 use pvkit_protocol::emulated::ata::{BusMasterCommand, BusMasterStatus, Prd, bus_master};
 use std::sync::Arc;
 use thiserror::Error;
@@ -132,6 +132,11 @@ impl BusMaster {
         bufs: &mut IoBufs,
     ) -> Result<Table, TableError> {
         bufs.start(memory);
+        let access = if self.is_writing() {
+            Access::Read
+        } else {
+            Access::Write
+        };
         let mut at = u64::from(self.table);
         for _ in 0..MAX_PIECES {
             let entry: Prd = memory.read_value(at)?;
@@ -139,7 +144,7 @@ impl BusMaster {
             let wanted = bytes - bufs.bytes();
             let now = wanted.min(u64::from(entry.len()));
             // Regions are aligned to words: bit 0 of the address does not count.
-            bufs.push(u64::from(entry.addr.get() & !1), now)?;
+            bufs.push(u64::from(entry.addr.get() & !1), now, access)?;
             if bufs.as_iovecs().len() > MAX_PIECES {
                 return Err(TableError::Long);
             }

@@ -5,7 +5,7 @@
 use super::device::Device;
 use super::drive::MAX_MULTIPLE;
 use crate::disk::{DiskError, DiskOp, DiskRequest, SECTOR_BYTES, Submit};
-use crate::memory::{GuestMemory, IoBufs, MapError, Snapshot};
+use crate::memory::{Access, GuestMemory, IoBufs, MapError, Snapshot};
 use pvkit_protocol::emulated::ata::Error;
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -90,7 +90,7 @@ impl Buffer {
     /// Makes `bufs` the first `bytes` of the buffer.
     fn lend(&self, bytes: u64, bufs: &mut IoBufs) -> bool {
         bufs.start(&self.0);
-        bufs.push(0, bytes).is_ok()
+        bufs.push(0, bytes, Access::Write).is_ok()
     }
 }
 

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::Fault;
-use crate::memory::{IoBufs, MemoryError, Snapshot};
+use crate::memory::{Access, IoBufs, MemoryError, Snapshot};
 use std::sync::Arc;
 
 /// A range of guest memory that a descriptor names. Not checked until it is
@@ -151,7 +151,7 @@ impl Chain {
     /// is one.
     ///
     /// # Errors
-    /// [`Fault::Address`] if it is not in RAM.
+    /// [`Fault::Address`] if it is not in RAM, or must not be written.
     #[inline]
     pub fn last_writable(&self) -> Result<Option<u64>, Fault> {
         let (Some(snapshot), Some(&last)) = (&self.snapshot, self.writable().last()) else {
@@ -161,7 +161,8 @@ impl Chain {
             .addr
             .checked_add(u64::from(last.len) - 1)
             .ok_or(self.address(last))?;
-        snapshot.check(addr, 1).map_err(|_| self.address(last))?;
+        let writable = snapshot.check(addr, 1, Access::Write);
+        writable.map_err(|_| self.address(last))?;
         Ok(Some(addr))
     }
 
@@ -172,20 +173,27 @@ impl Chain {
     #[inline]
     pub fn readable_after(&self, skip: u64, out: &mut IoBufs) -> Result<(), Fault> {
         let bytes = self.readable_bytes.saturating_sub(skip);
-        self.list(self.readable(), skip, bytes, out)
+        self.list(self.readable(), skip, bytes, Access::Read, out)
     }
 
     /// Lists the first `bytes` bytes that the device may write.
     ///
     /// # Errors
-    /// [`Fault::Address`] if a buffer is not in RAM.
+    /// [`Fault::Address`] if a buffer is not in RAM, or must not be written.
     #[inline]
     pub fn writable_first(&self, bytes: u64, out: &mut IoBufs) -> Result<(), Fault> {
-        self.list(self.writable(), 0, bytes, out)
+        self.list(self.writable(), 0, bytes, Access::Write, out)
     }
 
     #[inline]
-    fn list(&self, ranges: &[Range], skip: u64, bytes: u64, out: &mut IoBufs) -> Result<(), Fault> {
+    fn list(
+        &self,
+        ranges: &[Range],
+        skip: u64,
+        bytes: u64,
+        access: Access,
+        out: &mut IoBufs,
+    ) -> Result<(), Fault> {
         let Some(snapshot) = &self.snapshot else {
             return Ok(());
         };
@@ -202,7 +210,7 @@ impl Chain {
             }
             let count = (len - skip).min(left);
             let addr = range.addr.checked_add(skip).ok_or(self.address(*range))?;
-            out.push(addr, count)
+            out.push(addr, count, access)
                 .map_err(|_: MemoryError| self.address(*range))?;
             left -= count;
             skip = 0;

@@ -95,8 +95,9 @@ pub enum Fault {
         /// The chain's head.
         head: u16,
     },
-    /// A buffer is not in RAM.
-    #[error("the chain at descriptor {head} has a buffer at {addr:#x}+{len:#x}, which is not RAM")]
+    /// A buffer is not in RAM, or is for the device to write where it may only
+    /// read.
+    #[error("the chain at descriptor {head} has a buffer at {addr:#x}+{len:#x}, out of reach")]
     Address {
         /// The chain's head.
         head: u16,
@@ -117,7 +118,8 @@ pub enum Fault {
         /// Bytes for the device to write.
         writable: u64,
     },
-    /// The memory in which the rings lie was removed.
+    /// The memory in which the rings lie was removed, or the device may no
+    /// longer write to it.
     #[error("the rings are no longer in guest memory")]
     RingGone,
 }

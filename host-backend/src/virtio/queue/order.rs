@@ -12,6 +12,18 @@ struct Fetched {
     writable: u64,
 }
 
+/// What became of a chain.
+#[derive(Debug, Clone, Copy)]
+enum Turn {
+    /// There is none of that tag.
+    Absent,
+    /// The device works on it.
+    Fetched,
+    /// So many bytes were written for it, and its turn has not come: it keeps
+    /// its tag until then.
+    Done(u32),
+}
+
 /// Chains that are given back by one entry that names the last of them.
 #[derive(Debug, Clone, Copy)]
 struct Batch {
@@ -26,43 +38,55 @@ struct Batch {
 #[derive(Debug)]
 pub(super) struct InOrder {
     fetched: VecDeque<Fetched>,
-    /// By tag: bytes written for chains whose turn has not come. They keep
-    /// their tag until then.
-    done: Vec<Option<u32>>,
+    /// By tag.
+    turns: Vec<Turn>,
     batch: Option<Batch>,
+    /// Size of the queue: no batch has more units.
+    size: u16,
 }
 
 impl InOrder {
     pub(super) fn new(size: u16) -> Self {
         Self {
             fetched: VecDeque::with_capacity(usize::from(size)),
-            done: vec![None; usize::from(size)],
+            turns: vec![Turn::Absent; usize::from(size)],
             batch: None,
+            size,
         }
     }
 
     pub(super) fn fetched(&mut self, tag: u16, writable: u64) {
+        if let Some(turn) = self.turns.get_mut(usize::from(tag)) {
+            *turn = Turn::Fetched;
+        }
         self.fetched.push_back(Fetched { tag, writable });
     }
 
     /// A chain is done: gives back all whose turn it is. The last batch may
-    /// still grow.
+    /// still grow. A tag that the device does not work on is ignored.
     pub(super) fn done(&mut self, ring: &mut Ring, tag: u16, written: u32) {
-        if let Some(done) = self.done.get_mut(usize::from(tag)) {
-            *done = Some(written);
+        if let Some(turn @ Turn::Fetched) = self.turns.get_mut(usize::from(tag)) {
+            *turn = Turn::Done(written);
         }
         while let Some(&Fetched { tag, writable }) = self.fetched.front() {
-            let done = self.done.get_mut(usize::from(tag));
-            let Some(written) = done.and_then(Option::take) else {
+            let Some(turn) = self.turns.get_mut(usize::from(tag)) else {
                 return;
             };
+            let Turn::Done(written) = *turn else { return };
+            *turn = Turn::Absent;
             self.fetched.pop_front();
             let Some(name) = ring.release(tag) else {
                 continue;
             };
             // The driver takes those that are not named for written to the
-            // full: who was not is named.
-            if self.batch.is_some_and(|batch| !batch.full) {
+            // full: who was not is named. And a driver that makes descriptors
+            // available before they came back could make a batch that goes
+            // round more than once.
+            let most = self.size - name.units;
+            if self
+                .batch
+                .is_some_and(|batch| !batch.full || batch.units > most)
+            {
                 self.end_batch(ring);
             }
             let before = self.batch.map_or(0, |batch| batch.units);

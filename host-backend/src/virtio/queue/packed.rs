@@ -4,7 +4,7 @@
 use super::chain::Range;
 use super::ring::Name;
 use super::{Chain, Fault, QueueAddresses, QueueError, QueueState};
-use crate::memory::{Mapped, MemoryError, Snapshot};
+use crate::memory::{Access, Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::packed::{
     DESCRIPTOR_FLAGS, EVENT_ALIGN, EVENT_BYTES, Event, PackedDescriptor, PackedFlags,
@@ -73,9 +73,9 @@ fn map(
     at: QueueAddresses,
 ) -> Result<Parts, MemoryError> {
     Ok(Parts {
-        ring: snapshot.map(at.descriptors, size.ring_bytes(), RING_ALIGN)?,
-        driver_event: snapshot.map(at.driver, EVENT_BYTES, EVENT_ALIGN)?,
-        device_event: snapshot.map(at.device, EVENT_BYTES, EVENT_ALIGN)?,
+        ring: snapshot.map(at.descriptors, size.ring_bytes(), RING_ALIGN, Access::Write)?,
+        driver_event: snapshot.map(at.driver, EVENT_BYTES, EVENT_ALIGN, Access::Read)?,
+        device_event: snapshot.map(at.device, EVENT_BYTES, EVENT_ALIGN, Access::Write)?,
     })
 }
 

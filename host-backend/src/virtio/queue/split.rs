@@ -4,7 +4,7 @@
 use super::chain::Range;
 use super::ring::Name;
 use super::{Chain, Fault, QueueAddresses, QueueError, QueueState};
-use crate::memory::{Mapped, MemoryError, Snapshot};
+use crate::memory::{Access, Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::split::{
     AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, DESCRIPTOR_ALIGN,
@@ -57,9 +57,14 @@ fn map(
     at: QueueAddresses,
 ) -> Result<Parts, MemoryError> {
     Ok(Parts {
-        descriptors: snapshot.map(at.descriptors, size.descriptor_bytes(), DESCRIPTOR_ALIGN)?,
-        avail: snapshot.map(at.driver, size.avail_bytes(), AVAIL_ALIGN)?,
-        used: snapshot.map(at.device, size.used_bytes(), USED_ALIGN)?,
+        descriptors: snapshot.map(
+            at.descriptors,
+            size.descriptor_bytes(),
+            DESCRIPTOR_ALIGN,
+            Access::Read,
+        )?,
+        avail: snapshot.map(at.driver, size.avail_bytes(), AVAIL_ALIGN, Access::Read)?,
+        used: snapshot.map(at.device, size.used_bytes(), USED_ALIGN, Access::Write)?,
     })
 }
 

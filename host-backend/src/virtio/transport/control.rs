@@ -103,7 +103,9 @@ pub struct Control<S> {
 }
 
 impl<S: TransportSignals + 'static> Control<S> {
-    /// A device in its state at power-on.
+    /// A device in its state at power-on. It offers ACCESS_PLATFORM, and
+    /// insists on it, if and only if `memory` is
+    /// [translated](GuestMemory::is_translated).
     ///
     /// # Errors
     /// What the host says if there are no more file descriptors.
@@ -119,6 +121,9 @@ impl<S: TransportSignals + 'static> Control<S> {
         if identity.lanes.iter().any(|lane| lane.len() != 1) {
             identity.features.remove(Features::RING_RESET);
         }
+        // No business of the device itself: it uses the memory that it gets.
+        let translated = memory.is_translated();
+        identity.features.set(Features::ACCESS_PLATFORM, translated);
         let queues = identity
             .lanes
             .iter()
@@ -232,8 +237,15 @@ impl<S: TransportSignals + 'static> Control<S> {
             log::debug!("virtio: the driver wants features that were not offered: {unknown:?}");
             return false;
         }
-        // There is no legacy interface here (§6.1.2).
-        self.driver_features.contains(Features::VERSION_1)
+        // There is no legacy interface here (§6.1.2). A driver that does not
+        // accept ACCESS_PLATFORM gives physical addresses, which would name
+        // other memory here, or none; a device may fail without it (§6.2).
+        let needed = Features::VERSION_1 | (self.identity.features & Features::ACCESS_PLATFORM);
+        let missing = needed - self.driver_features;
+        if !missing.is_empty() {
+            log::debug!("virtio: the driver does not accept {missing:?}");
+        }
+        missing.is_empty()
     }
 
     /// The features that the driver accepted.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::layout;
-use crate::memory::{GuestMemory, MemoryError};
+use crate::memory::{Access, GuestMemory, MemoryError};
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{Error as LoaderError, KernelLoader};
 use pvkit_protocol::pvh::{
@@ -213,7 +213,7 @@ fn load_image(
     let length = loaded.kernel_end.saturating_sub(high);
     memory
         .snapshot()
-        .check(high, length)
+        .check(high, length, Access::Write)
         .map_err(|_| too_large())?;
     Ok((entry.raw_value(), loaded.kernel_end))
 }

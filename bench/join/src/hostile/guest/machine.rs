@@ -29,6 +29,8 @@ pub const HIGH: Range<u64> = 0x5_0000..0x7_0000;
 pub const TOP: Range<u64> = 0xffff_ffff_ffff_0000..0xffff_ffff_ffff_f000;
 /// An address in the hole between the regions.
 pub const HOLE: u64 = 0x8_0000;
+/// A region for rings of the largest size, on a [`Machine::wide`] one.
+pub const WIDE: Range<u64> = 0x10_0000..0x20_0000;
 
 /// Where a guest keeps what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,12 +82,34 @@ impl Machine {
     /// If the host has no memory.
     #[must_use]
     pub fn new(kind: Kind) -> Self {
-        let ranges = [LOW, HIGH, TOP].map(|region| {
-            let len = region.end - region.start;
-            (GuestAddress(region.start), len as usize)
-        });
+        Self::of(kind, &[LOW, HIGH, TOP])
+    }
+
+    /// The same, and RAM at [`WIDE`].
+    ///
+    /// # Panics
+    /// If the host has no memory.
+    #[must_use]
+    pub fn wide(kind: Kind) -> Self {
+        Self::of(kind, &[LOW, HIGH, WIDE, TOP])
+    }
+
+    fn of(kind: Kind, regions: &[Range<u64>]) -> Self {
+        let ranges: Vec<_> = regions
+            .iter()
+            .map(|region| {
+                let len = region.end - region.start;
+                (GuestAddress(region.start), len as usize)
+            })
+            .collect();
         let map = GuestMemoryMmap::<()>::from_ranges(&ranges).expect("guest memory");
         let memory = GuestMemory::new(Arc::new(map)).expect("a mapping");
+        Self::over(kind, memory)
+    }
+
+    /// Memory of the test's choice, of which guests see what their devices do.
+    #[must_use]
+    pub fn over(kind: Kind, memory: GuestMemory) -> Self {
         Self { memory, kind }
     }
 
