@@ -89,6 +89,25 @@ enum State {
     Retired,
 }
 
+/// Makes a chain of `count` parts available, through a table at an offset of a
+/// region or as it is.
+#[inline]
+fn add<S: DmaSpace<Addr = u64>>(
+    ring: &mut Ring<S>,
+    table: Option<(&DmaRegion<S>, usize)>,
+    count: u16,
+    parts: impl IntoIterator<Item = Part>,
+) {
+    let parts = parts.into_iter();
+    match table {
+        Some((memory, offset)) => {
+            ring.write_table(memory, offset, count, parts);
+            ring.add_indirect(memory.addr() + offset as u64, count);
+        }
+        None => ring.add_direct(count, parts),
+    }
+}
+
 /// Everything that has to be leaked together if the queue is dropped while the
 /// device may still use it.
 struct Shared<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>> {
@@ -269,8 +288,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         }
 
         let [low, high] = header;
-        shared.area.write_u64(offset, low);
-        shared.area.write_u64(offset + 8, high);
+        shared.area.write_u64s(offset, [low, high]);
         let base = shared.area.addr() + offset as u64;
         let from_device = direction == Direction::FromDevice;
         let header = Part {
@@ -283,13 +301,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             len: trailer_bytes,
             writable: true,
         };
-        let parts = core::iter::once(header)
-            .chain(data.iter().map(|s| Part {
-                addr: s.addr,
-                len: s.len,
-                writable: from_device,
-            }))
-            .chain(has_trailer.then_some(trailer));
+        let part = |segment: &Segment<u64>| Part {
+            addr: segment.addr,
+            len: segment.len,
+            writable: from_device,
+        };
         let mut writable = trailer_bytes;
         if from_device {
             for segment in data {
@@ -307,11 +323,20 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             segments,
             writable,
         });
-        if indirect {
-            ring.write_table(&shared.area, offset + TABLE, count, parts);
-            ring.add_indirect(base + TABLE as u64, count);
-        } else {
-            ring.add_direct(count, parts);
+        let table = indirect.then_some((&shared.area, offset + TABLE));
+        match data {
+            // What nearly every request is, without loops.
+            [only] if has_trailer => add(ring, table, 3, [header, part(only), trailer]),
+            _ => {
+                let data = data.iter().map(part);
+                let end = has_trailer.then_some(trailer);
+                add(
+                    ring,
+                    table,
+                    count,
+                    core::iter::once(header).chain(data).chain(end),
+                );
+            }
         }
         self.counters.posted += 1;
         Ok(())
