@@ -265,21 +265,27 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
                 Err((buffer, error)) => return Err((PostError::Dma(error), buffer)),
             },
         };
-        let longest = self.shape.max_segment_bytes;
+        let max = self.shape.max_segment_bytes;
         let data = room.get(..segments).unwrap_or(&[]);
-        let too_long = data.iter().find(|segment| segment.len > longest);
+        // Nearly every buffer is one segment: no loops for that.
+        let (longest, bytes) = match data {
+            [only] => (only.len, only.len),
+            _ => data.iter().fold((0, 0), |(longest, bytes): (u32, u32), s| {
+                (longest.max(s.len), bytes.saturating_add(s.len))
+            }),
+        };
         let trailer_bytes = u32::from(self.shape.trailer);
         let has_trailer = trailer_bytes != 0;
         let segments = segments as u16;
         let count = 1 + segments + u16::from(has_trailer);
         let descriptors = if indirect { 1 } else { count };
-        let refused = match too_long {
-            Some(segment) => Some(PostError::Dma(DmaError::SegmentTooLong {
-                bytes: segment.len,
-                max: longest,
-            })),
-            None if ring.free() < descriptors => Some(PostError::Full),
-            None => None,
+        let refused = if longest > max {
+            let bytes = longest;
+            Some(PostError::Dma(DmaError::SegmentTooLong { bytes, max }))
+        } else if ring.free() < descriptors {
+            Some(PostError::Full)
+        } else {
+            None
         };
         if let Some(error) = refused {
             // SAFETY: the device was not told about the buffer.
@@ -306,12 +312,8 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             len: segment.len,
             writable: from_device,
         };
-        let mut writable = trailer_bytes;
-        if from_device {
-            for segment in data {
-                writable = writable.saturating_add(segment.len);
-            }
-        }
+        let written = if from_device { bytes } else { 0 };
+        let writable = trailer_bytes.saturating_add(written);
         if has_trailer {
             shared.area.write_u8(offset + TRAILER, TRAILER_UNWRITTEN);
         }
@@ -325,7 +327,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         });
         let table = indirect.then_some((&shared.area, offset + TABLE));
         match data {
-            // What nearly every request is, without loops.
+            // Then the chain has a fixed length, too.
             [only] if has_trailer => add(ring, table, 3, [header, part(only), trailer]),
             _ => {
                 let data = data.iter().map(part);
@@ -370,20 +372,39 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             }
             State::Retired => return Ok(None),
         }
-        self.take_used().inspect_err(|_| {
-            self.counters.faults += 1;
-            self.state = State::Retired;
-        })
+        // Looking in vain is what a driver that polls does most.
+        match self.next_used() {
+            Ok(None) => Ok(None),
+            Ok(Some(used)) => match self.take(used) {
+                Ok(done) => Ok(Some(done)),
+                Err(fault) => Err(self.fail(fault)),
+            },
+            Err(fault) => Err(self.fail(fault)),
+        }
     }
 
-    fn take_used(&mut self) -> Result<Option<Completed<B, X>>, Fault> {
+    /// Retires the queue because of a fault that is reported now.
+    #[cold]
+    fn fail(&mut self, fault: Fault) -> Fault {
+        self.counters.faults += 1;
+        self.state = State::Retired;
+        fault
+    }
+
+    #[inline]
+    fn next_used(&mut self) -> Result<Option<Used>, Fault> {
         let shared = &mut *self.shared;
-        let used = if self.shape.in_order() {
-            next_in_order(shared, &mut self.batch, self.shown)?
+        if self.shape.in_order() {
+            next_in_order(shared, &mut self.batch, self.shown)
         } else {
-            shared.ring.next_used()?
-        };
-        let Some(used) = used else { return Ok(None) };
+            shared.ring.next_used()
+        }
+    }
+
+    /// Takes back the request that the device says it has used.
+    #[inline]
+    fn take(&mut self, used: Used) -> Result<Completed<B, X>, Fault> {
+        let shared = &mut *self.shared;
         let Used { id, len, exact } = used;
         let slot = shared
             .slots
@@ -427,12 +448,12 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             unsafe { lent.give_back(&self.space, segments, written as usize) }
         });
         self.counters.completed += 1;
-        Ok(Some(Completed {
+        Ok(Completed {
             extra: request.extra,
             buffer,
             written,
             trailer,
-        }))
+        })
     }
 
     /// Asks for an interrupt; `true` if there is something to take already.
