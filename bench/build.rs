@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What the guest image is made from, relative to this crate.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 14] = [
     "guest/src",
     "guest/build.rs",
     "guest/link.ld",
     "guest/Cargo.toml",
     "guest/Cargo.lock",
+    "peer/src",
+    "peer/Cargo.toml",
     "workload/src",
     "workload/Cargo.toml",
     "../guest-drivers/src",

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::instructions::Child;
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 
@@ -42,6 +43,14 @@ pub struct Cli {
     /// and device in one process, counts only.
     #[arg(long)]
     pub join: bool,
+    /// Only moves requests, for counting the instructions of this process.
+    #[arg(long, hide = true, value_name = "DRIVER,DEPTH,REQUESTS")]
+    pub stepped: Option<Child>,
+}
+
+impl Cli {
+    /// The flag of [`stepped`](Self::stepped).
+    pub(crate) const STEPPED: &str = "--stepped";
 }
 
 /// Whom to compare with.
@@ -50,4 +59,6 @@ pub enum Peer {
     /// QEMU's virtio-blk, plain and at its best, beside our monitor, with the
     /// same guest image.
     Qemu,
+    /// The guest drivers of the crate `virtio-drivers`, on our device.
+    VirtioDrivers,
 }

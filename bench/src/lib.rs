@@ -9,12 +9,14 @@
 //!   [`test_file`] is the file behind all disks, and checks what was written.
 //! - [`pass`] runs a list of jobs once: in pvkit's own monitor, in QEMU, or,
 //!   without `/dev/kvm`, in the join.
+//! - [`instructions`] counts what a driver executes for a request.
 //! - [`measure`] adds up what several passes brought.
 //! - [`output`] prints it.
 #![forbid(unsafe_code)]
 
 pub mod cli;
 pub mod image;
+pub mod instructions;
 pub mod machine;
 pub mod measure;
 pub mod output;

@@ -168,7 +168,7 @@ impl Sum {
             },
             case: row.case(),
             device: row.device_name(),
-            driver: "pvkit-guest",
+            driver: row.driver.name(),
             vmm: if self.stepped { "join" } else { row.vmm.name() },
             transport: row.device.transport(),
             ring: row.device.is_virtio().then_some(row.ring.name()),

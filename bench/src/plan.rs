@@ -2,7 +2,7 @@
 
 use crate::cli::{Cli, Peer};
 use crate::pass;
-use crate::row::{DeviceKind, Loop, Ring, Row, Vmm};
+use crate::row::{DeviceKind, Driver, Loop, Ring, Row, Vmm};
 use anyhow::{Result, bail};
 use pvkit_workload::script::{Access, Completion};
 
@@ -33,6 +33,7 @@ fn row(device: DeviceKind, access: Access, kib: u32, depth: u32, completion: Com
         looping: Loop::Closed,
         device,
         ring: Ring::Split,
+        driver: Driver::PvkitGuest,
         vmm: Vmm::Pvkit,
         spin_us: device.is_virtio().then_some(SPIN_US),
         guest_spin_us: 0,
@@ -250,6 +251,36 @@ fn rows_beside_qemu(full: bool) -> Vec<Row> {
     rows
 }
 
+/// Our driver beside that of `virtio-drivers`, on our device. Its queue has 16
+/// descriptors; a row of ours shows what a longer one brings.
+fn rows_beside_virtio_drivers(full: bool) -> Vec<Row> {
+    use Access::{RandomRead, RandomWrite};
+    let depths: &[u32] = if full { &[1, 2, 4, 8, 16] } else { &[1, 8, 16] };
+    let accesses: &[Access] = if full {
+        &[RandomRead, RandomWrite]
+    } else {
+        &[RandomRead]
+    };
+    let of_depth = |access, depth| row(DeviceKind::VirtioBlk, access, 4, depth, Completion::Polled);
+    let mut rows = Vec::new();
+    for &access in accesses {
+        for &depth in depths {
+            let spins = of_depth(access, depth);
+            for row in [spins, without_spin(spins)] {
+                for driver in [
+                    Driver::PvkitGuest,
+                    Driver::VirtioDrivers,
+                    Driver::VirtioDriversTuned,
+                ] {
+                    rows.push(Row { driver, ..row });
+                }
+            }
+        }
+        rows.push(of_depth(access, 32));
+    }
+    rows
+}
+
 impl Plan {
     /// The rows that the command line asks for.
     ///
@@ -259,6 +290,8 @@ impl Plan {
         let (all, base) = match cli.vs {
             None => (rows(cli.full), base_row()),
             Some(Peer::Qemu) => (rows_beside_qemu(cli.full), qemu_base_row()),
+            // There are no open loops.
+            Some(Peer::VirtioDrivers) => (rows_beside_virtio_drivers(cli.full), base_row()),
         };
         let mut rows: Vec<Row> = all
             .into_iter()
@@ -302,8 +335,8 @@ impl Plan {
 }
 
 /// Each paravirtual row with each emulated one that does the same work and
-/// completes the same way; virtio-pci with virtio-mmio; and each of ours with
-/// QEMU's of the same kind.
+/// completes the same way; virtio-pci with virtio-mmio; each of ours with
+/// QEMU's of the same kind; and our driver with another one of the same device.
 fn pairs(rows: &[Row]) -> Vec<(usize, usize)> {
     let mut pairs = Vec::new();
     for (a, one) in rows.iter().enumerate() {
@@ -322,7 +355,11 @@ fn pairs(rows: &[Row]) -> Vec<(usize, usize)> {
                 && (one.depth, one.ring) == (two.depth, two.ring)
                 && one.vmm == Vmm::Pvkit
                 && two.vmm.is_qemu();
-            if same_work && (against_emulated || against_mmio || against_qemu) {
+            let against_driver = one.driver == Driver::PvkitGuest
+                && two.driver != Driver::PvkitGuest
+                && (one.device, one.depth, one.ring) == (two.device, two.depth, two.ring)
+                && (one.vmm, one.spin_us) == (two.vmm, two.spin_us);
+            if same_work && (against_emulated || against_mmio || against_qemu || against_driver) {
                 pairs.push((a, b));
             }
         }
@@ -360,6 +397,33 @@ mod tests {
             assert_eq!(a.completion, b.completion);
             assert_eq!((a.access, a.block_bytes), (b.access, b.block_bytes));
             assert_ne!((a.device, a.vmm), (b.device, b.vmm));
+        }
+    }
+
+    #[test]
+    fn each_row_of_virtio_drivers_is_beside_ours_and_fits_its_queue() {
+        for args in [
+            &["--vs", "virtio-drivers"][..],
+            &["--vs", "virtio-drivers", "--full"][..],
+        ] {
+            let plan = plan(args).unwrap();
+            let names: HashSet<String> = plan.rows.iter().map(Row::to_string).collect();
+            assert_eq!(names.len(), plan.rows.len());
+            let end = "/virtio-blk/pvkit/no-spin/virtio-drivers";
+            assert!(names.contains(&format!("randread-4k-qd16-polled{end}")));
+            assert!(names.contains("randread-4k-qd32-polled/virtio-blk/pvkit/spin-50us"));
+            let theirs = |row: &&Row| row.driver != Driver::PvkitGuest;
+            assert_eq!(plan.pairs.len(), plan.rows.iter().filter(theirs).count());
+            for row in &plan.rows {
+                assert!(row.depth <= row.driver.max_depth(), "{row}");
+                assert_eq!(row.completion, Completion::Polled, "{row}");
+            }
+            for (a, b) in plan.pairs {
+                let (a, b) = (plan.rows[a], plan.rows[b]);
+                let driver = b.driver;
+                assert_eq!(Row { driver, ..a }, b);
+                assert_eq!(a.driver, Driver::PvkitGuest);
+            }
         }
     }
 

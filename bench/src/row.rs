@@ -1,6 +1,7 @@
 //! What is measured: a case on a device in a monitor.
 
-use pvkit_workload::script::{Access, Completion, Device};
+use pvkit_protocol::virtio::Features;
+use pvkit_workload::script::{self, Access, Completion, Device};
 use std::fmt;
 
 /// The device that a row is about.
@@ -114,6 +115,68 @@ impl Vmm {
     }
 }
 
+/// The guest's driver of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Driver {
+    /// Ours.
+    PvkitGuest,
+    /// The crate `virtio-drivers`, as it comes.
+    VirtioDrivers,
+    /// The same by somebody who knows it: without the event index, which it
+    /// does not use well, and without indirect descriptors, which it allocates,
+    /// as long as the requests fit its queue of 16 descriptors as they are.
+    VirtioDriversTuned,
+}
+
+impl Driver {
+    /// All of them.
+    pub const ALL: [Self; 3] = [
+        Self::PvkitGuest,
+        Self::VirtioDrivers,
+        Self::VirtioDriversTuned,
+    ];
+
+    /// As printed.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PvkitGuest => "pvkit-guest",
+            Self::VirtioDrivers => "virtio-drivers",
+            Self::VirtioDriversTuned => "virtio-drivers-tuned",
+        }
+    }
+
+    /// As the script says it.
+    #[must_use]
+    pub fn script_driver(self) -> script::Driver {
+        match self {
+            Self::PvkitGuest => script::Driver::Pvkit,
+            Self::VirtioDrivers | Self::VirtioDriversTuned => script::Driver::VirtioDrivers,
+        }
+    }
+
+    /// The driver's most requests in flight.
+    #[must_use]
+    pub fn max_depth(self) -> u32 {
+        match self {
+            Self::PvkitGuest => u32::MAX,
+            Self::VirtioDrivers | Self::VirtioDriversTuned => u32::from(pvkit_peer::SIZE),
+        }
+    }
+
+    /// The features that it does without at this depth.
+    #[must_use]
+    pub fn hidden_features(self, depth: u32) -> Features {
+        // Header, data and status.
+        let fits = 3 * depth <= u32::from(pvkit_peer::SIZE);
+        match self {
+            Self::PvkitGuest | Self::VirtioDrivers => Features::empty(),
+            Self::VirtioDriversTuned if fits => Features::EVENT_IDX | Features::INDIRECT_DESC,
+            Self::VirtioDriversTuned => Features::EVENT_IDX,
+        }
+    }
+}
+
 /// When requests are started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Loop {
@@ -153,6 +216,8 @@ pub struct Row {
     pub device: DeviceKind,
     /// The format of its ring, if it has one.
     pub ring: Ring,
+    /// By which driver, if it is a virtio device.
+    pub driver: Driver,
     /// In which monitor.
     pub vmm: Vmm,
     /// How long the device's worker polls before it sleeps, in microseconds.
@@ -232,6 +297,10 @@ impl fmt::Display for Row {
             None => Ok(()),
             Some(0) => write!(f, "/no-spin"),
             Some(spin) => write!(f, "/spin-{spin}us"),
+        }?;
+        match self.driver {
+            Driver::PvkitGuest => Ok(()),
+            other => write!(f, "/{}", other.name()),
         }
     }
 }
@@ -250,6 +319,7 @@ mod tests {
             looping: Loop::Closed,
             device: DeviceKind::VirtioBlk,
             ring: Ring::Split,
+            driver: Driver::PvkitGuest,
             vmm: Vmm::Pvkit,
             spin_us: Some(50),
             guest_spin_us: 0,
@@ -269,5 +339,12 @@ mod tests {
             row.to_string(),
             "randread-4k-qd32-polled-after-20us-open/virtio-blk-packed/pvkit/no-spin"
         );
+        for (driver, end) in [
+            (Driver::VirtioDrivers, "/no-spin/virtio-drivers"),
+            (Driver::VirtioDriversTuned, "/no-spin/virtio-drivers-tuned"),
+        ] {
+            let name = Row { driver, ..row }.to_string();
+            assert!(name.ends_with(end), "{name}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! A whole run, from the command line to the tables.
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Peer};
 use crate::machine::Machine;
 use crate::measure::{Pair, RowResult, Sum};
 use crate::output::{json, table};
@@ -8,7 +8,7 @@ use crate::pass::{self, Measurement, Settings, Task};
 use crate::plan::Plan;
 use crate::row::{Loop, Row, Vmm};
 use crate::test_file::{self, TestFile};
-use crate::{image, pass::qemu};
+use crate::{image, instructions, pass::qemu};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pvkit_host::disk::{FileDisk, FileOptions, MemoryDisk};
@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 /// # Errors
 /// Whatever keeps it from measuring; wrong data is an error too.
 pub fn run(cli: &Cli) -> Result<()> {
+    if let Some(child) = cli.stepped {
+        return instructions::run_child(child);
+    }
     let mut plan = Plan::new(cli)?;
     let mut out = std::io::stdout().lock();
     if cli.list {
@@ -66,7 +69,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         machine,
         sums,
         written,
-        skipped,
+        mut skipped,
     } = outcome;
 
     let results: Vec<RowResult> = sums.iter().filter_map(Sum::result).collect();
@@ -74,6 +77,15 @@ pub fn run(cli: &Cli) -> Result<()> {
         bail!("nothing was measured; skipped: {}", skipped.join("; "));
     }
     let pairs = compare(&plan, &sums);
+    let instructions = if cli.vs == Some(Peer::VirtioDrivers) {
+        let program = std::env::current_exe().context("this program")?;
+        instructions::count(&program, &instructions::DEPTHS)?.unwrap_or_else(|why| {
+            skipped.push(why);
+            Vec::new()
+        })
+    } else {
+        Vec::new()
+    };
     // Before the tables: nobody may be reading those any more.
     if let Some(path) = &cli.json {
         let document = json::Document {
@@ -81,6 +93,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             machine: &machine,
             results: &results,
             pairs: &pairs,
+            instructions: &instructions,
             skipped: &skipped,
         };
         json::write(path, &document)?;
@@ -88,6 +101,9 @@ pub fn run(cli: &Cli) -> Result<()> {
     writeln!(out, "\n{}", table::results(&results))?;
     if !pairs.is_empty() {
         writeln!(out, "\n{}", table::pairs(&pairs))?;
+    }
+    if !instructions.is_empty() {
+        writeln!(out, "\n{}", table::instructions(&instructions))?;
     }
     let verified: u64 = results.iter().map(|row| row.verified_bytes).sum();
     write!(

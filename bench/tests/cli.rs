@@ -1,5 +1,6 @@
 //! The `pvkit-bench` program: what it leaves behind, and what it says.
 
+use pvkit_bench::instructions;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -58,6 +59,65 @@ fn rows_that_are_not_measured_are_named_and_none_at_all_is_an_error() {
         text.contains("nothing was measured") && text.contains("QEMU"),
         "{text}"
     );
+}
+
+#[test]
+fn virtio_drivers_is_compared_in_the_join_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let json = directory.path().join("figures.json");
+    let output = bench("qd8-polled")
+        .args(["--vs", "virtio-drivers", "--json"])
+        .arg(&json)
+        // Without valgrind, wherever this runs.
+        .env("PATH", directory.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        text.contains("skipped: ") && text.contains("apt install valgrind"),
+        "{text}"
+    );
+    let document: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    let results = document["results"].as_array().unwrap();
+    let of = |driver: &str| {
+        let found = results.iter().find(|row| row["driver"] == driver).unwrap();
+        found["kicks_per_request"].as_f64().unwrap()
+    };
+    assert_eq!(of("pvkit-guest"), 0.125);
+    assert_eq!(of("virtio-drivers"), 1.0);
+    assert_eq!(document["pairs"].as_array().unwrap().len(), 2);
+    assert!(document["instructions"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn callgrind_counts_what_each_driver_executes() {
+    let program = Path::new(env!("CARGO_BIN_EXE_pvkit-bench"));
+    let counts = match instructions::count(program, &[1]).unwrap() {
+        Ok(counts) => counts,
+        Err(why) => return skipped(&why),
+    };
+    let names: Vec<_> = counts.iter().map(|count| count.driver).collect();
+    let expected = ["pvkit-guest", "virtio-drivers", "virtio-drivers-tuned"];
+    assert_eq!(names, expected);
+    for found in &counts {
+        // Not the rest of the program, and not nothing.
+        let plausible = 50.0..200_000.0;
+        assert!(plausible.contains(&found.without_allocator), "{found:?}");
+        assert!(
+            plausible.contains(&found.instructions_per_request),
+            "{found:?}"
+        );
+        // Only indirect descriptors are allocated.
+        let allocates = found.driver == "virtio-drivers";
+        let more = found.instructions_per_request > found.without_allocator;
+        assert_eq!(more, allocates, "{found:?}");
+    }
 }
 
 /// Whether the process has a file of this directory open.

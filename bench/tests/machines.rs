@@ -3,7 +3,7 @@
 
 use pvkit_bench::pass::{self, Measurement, Settings, Task};
 use pvkit_bench::plan::base_row;
-use pvkit_bench::row::{DeviceKind, Ring, Row};
+use pvkit_bench::row::{DeviceKind, Driver, Ring, Row};
 use pvkit_bench::test_file::TestFile;
 use pvkit_bench::{image, machine::Machine};
 use pvkit_host::disk::{FileDisk, FileOptions};
@@ -129,6 +129,55 @@ fn every_device_works_in_our_monitor_and_ide_costs_what_it_must() {
             .unwrap()
             > 0
     );
+}
+
+#[test]
+fn virtio_drivers_reads_and_writes_what_it_should_on_our_device() {
+    let _alone = alone();
+    let Ok(tsc_khz) = vmm::tsc_khz() else {
+        return skipped("/dev/kvm cannot be opened");
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let file = TestFile::new(directory.path()).unwrap();
+    let image = image::write().unwrap();
+    let mut rows = Vec::new();
+    for driver in Driver::ALL {
+        for (access, depth) in [
+            (Access::RandomRead, 1),
+            (Access::RandomRead, 16),
+            (Access::RandomWrite, 16),
+            (Access::SequentialWrite, 5),
+        ] {
+            for spin_us in [Some(50), Some(0)] {
+                rows.push(Row {
+                    driver,
+                    depth,
+                    spin_us,
+                    ..row(DeviceKind::VirtioBlk, access, Completion::Polled)
+                });
+            }
+        }
+    }
+    let tasks = tasks(&rows);
+    let disk = FileDisk::open(file.path(), FileOptions::default()).unwrap();
+    let settings = settings(tsc_khz);
+    let measurements = pass::kvm::run(image.path(), &disk, &tasks, &settings, &|_| {}).unwrap();
+    drop(disk);
+    for Measurement { index, report, .. } in &measurements {
+        let row = rows[*index];
+        assert!(
+            report.requests.get() > 0 && report.verified_bytes.get() > 0,
+            "{row}"
+        );
+        // It has no way to ask for none, so its pin is masked.
+        assert_eq!(report.interrupts.get(), 0, "{row}");
+        let features = Features::from_bits_retain(report.features.get());
+        let both = Features::EVENT_IDX | Features::INDIRECT_DESC;
+        let hidden = row.driver.hidden_features(row.depth);
+        assert_eq!(features & both, both - hidden, "{row}");
+    }
+    let last = pvkit_workload::pattern::Round(rows.len() as u32);
+    assert!(file.verify(last).unwrap() > 0);
 }
 
 #[test]

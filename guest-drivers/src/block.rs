@@ -285,6 +285,7 @@ impl BlockLimits {
     ///
     /// # Errors
     /// The [`Reason`] why the disk cannot do it.
+    #[inline]
     pub fn check(&self, op: BlockOp, buffer: Option<usize>) -> Result<(), Reason> {
         let bytes = buffer.unwrap_or(0);
         match op {
@@ -355,6 +356,7 @@ impl BlockLimits {
     ///
     /// # Errors
     /// The [`Reason`] why the disk cannot do it.
+    #[inline]
     pub fn check_transfer(&self, sector: u64, bytes: usize) -> Result<(), Reason> {
         let byte_mask = (self.block_bytes as usize).wrapping_sub(1);
         let sector_mask = (u64::from(self.block_bytes) / SECTOR_BYTES).wrapping_sub(1);

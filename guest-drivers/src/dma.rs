@@ -510,6 +510,23 @@ impl<S: DmaSpace> DmaRegion<S> {
         }
     }
 
+    /// Writes little-endian numbers one after the other, from `offset` on, a
+    /// multiple of 8. If one of them does not fit, none is written.
+    #[inline]
+    pub fn write_u64s<const N: usize>(&self, offset: usize, values: [u64; N]) {
+        let Some(place) = self.at::<[u64; N]>(offset) else {
+            return;
+        };
+        let mut place = place.cast::<u64>();
+        for value in values {
+            // SAFETY: as for `write_u8`; all of them are in bounds.
+            unsafe {
+                place.write_volatile(value.to_le());
+                place = place.add(1);
+            }
+        }
+    }
+
     /// Writes a number that publishes everything written before.
     #[inline]
     pub fn store_release_u16(&self, offset: usize, value: u16) {
@@ -588,5 +605,9 @@ mod tests {
             assert_eq!(region.load_acquire_u16(offset), 0, "{offset}");
         }
         assert_eq!((region.read_u64(0), region.read_u16(8)), (u64::MAX, 0x1234));
+        region.write_u64s(0, [1, 2]);
+        assert_eq!(region.read_u64(0), u64::MAX, "the second does not fit");
+        region.write_u64s(0, [3]);
+        assert_eq!((region.read_u64(0), region.read_u16(8)), (3, 0x1234));
     }
 }

@@ -18,6 +18,7 @@ impl<B: DmaBuf> Lent<B> {
     /// Takes the buffer and maps it; `room` receives its segments. On success
     /// also says how many segments there are; on failure hands the buffer
     /// back, unless the space cannot take back what it already mapped.
+    #[inline]
     pub(crate) fn lend<S: DmaSpace>(
         space: &S,
         buffer: B,
@@ -62,6 +63,7 @@ impl<B: DmaBuf> Lent<B> {
     ///
     /// # Safety
     /// The device has completed the request, or was reset since.
+    #[inline]
     pub(crate) unsafe fn give_back<S: DmaSpace>(
         self,
         space: &S,
@@ -76,6 +78,7 @@ impl<B: DmaBuf> Lent<B> {
     ///
     /// # Safety
     /// As for [`give_back`](Lent::give_back).
+    #[inline]
     unsafe fn end<S: DmaSpace>(
         self,
         space: &S,

@@ -16,6 +16,8 @@ const IO_APIC_WINDOW: usize = 0x10;
 const REDIRECTION: u32 = 0x10;
 /// Pins of an I/O APIC.
 const PINS: u32 = 24;
+/// In a redirection entry: the pin does not interrupt.
+const MASKED: u32 = 1 << 16;
 /// Vector of pin 0.
 const FIRST_VECTOR: u8 = 0x40;
 /// Vector of the first interrupt by message.
@@ -46,6 +48,16 @@ pub(crate) unsafe fn set_up() -> Interrupts {
 impl Interrupts {
     /// Routes a pin to this CPU, triggered by edges.
     pub(crate) fn line(&self, pin: u32) -> Option<Line> {
+        self.route(pin, 0)
+    }
+
+    /// The line of a pin that stays silent, for a driver that polls and cannot
+    /// tell its device so.
+    pub(crate) fn masked_line(&self, pin: u32) -> Option<Line> {
+        self.route(pin, MASKED)
+    }
+
+    fn route(&self, pin: u32, flags: u32) -> Option<Line> {
         if pin >= PINS {
             return None;
         }
@@ -54,9 +66,9 @@ impl Interrupts {
             self.io_apic.write_u32(IO_APIC_SELECT, register);
             self.io_apic.write_u32(IO_APIC_WINDOW, value);
         };
-        // Destination CPU 0; fixed, active high, edge, not masked.
+        // Destination CPU 0; fixed, active high, edge.
         write(REDIRECTION + 2 * pin + 1, 0);
-        write(REDIRECTION + 2 * pin, u32::from(vector));
+        write(REDIRECTION + 2 * pin, u32::from(vector) | flags);
         Some(Line::new(vector))
     }
 

@@ -5,6 +5,7 @@ use crate::counting::{self, CountingPorts, CountingRegisters};
 use crate::cpu::{Console, ticks};
 use crate::interrupts::{Interrupts, Line, halts};
 use crate::memory::PageBuf;
+use crate::peer;
 use crate::virtio_pci;
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -25,7 +26,7 @@ use pvkit_workload::report::{
     Header, JobReport, MAGIC, OUTCOME_FAILED, OUTCOME_OK, Sample, samples_offset,
 };
 use pvkit_workload::run::{Counts, Machine, Outcome, Target, run};
-use pvkit_workload::script::{Completion, Device, Job, MARK_PORT, Mark};
+use pvkit_workload::script::{Completion, Device, Driver, Job, MARK_PORT, Mark};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -158,7 +159,13 @@ impl Guest<'_> {
         for _ in 0..job.depth.get() {
             buffers.push(PageBuf::new(job.block_bytes.get() as usize).ok_or("no memory")?);
         }
+        let driver = Driver::from_code(job.driver)
+            .ok_or_else(|| format!("driver {} is not known", job.driver))?;
         match device {
+            Device::VirtioMmio if driver == Driver::VirtioDrivers => {
+                self.run_peer(job, number, buffers, samples)
+            }
+            _ if driver != Driver::Pvkit => Err(format!("no such driver for {device:?}")),
             Device::VirtioMmio => self.run_virtio_mmio(job, number, buffers, samples),
             Device::VirtioPci => self.run_virtio_pci(job, number, buffers, samples),
             Device::IdeDma => self.run_ide(job, number, Mode::Dma, buffers, samples),
@@ -236,17 +243,55 @@ impl Guest<'_> {
         buffers: Vec<PageBuf>,
         samples: &mut [Sample],
     ) -> Result<(Outcome, Features), String> {
-        let place = mmio_places(self.start.command_line)
-            .nth(job.index.get() as usize)
-            .ok_or_else(|| format!("no virtio-mmio device {}", job.index))?;
-        let base = core::ptr::with_exposed_provenance_mut(place.base);
-        let base = NonNull::new(base).ok_or("a device at address 0")?;
-        // SAFETY: the monitor says that the window is there; it is mapped
-        // uncached, and one driver uses it at a time.
-        let registers = unsafe { CountingRegisters::new(base, place.bytes, Some(QUEUE_NOTIFY)) };
+        let place = self.mmio_place(job)?;
+        let registers = place.registers()?;
         let transport = MmioTransport::new(registers).map_err(|error| error.to_string())?;
         let machine = self.machine(place.gsi)?;
         self.run_virtio(transport, None, machine, job, number, buffers, samples)
+    }
+
+    /// The same by the driver of the crate `virtio-drivers`.
+    fn run_peer(
+        &self,
+        job: &Job,
+        number: u32,
+        mut buffers: Vec<PageBuf>,
+        samples: &mut [Sample],
+    ) -> Result<(Outcome, Features), String> {
+        if Completion::from_code(job.completion) != Some(Completion::Polled) {
+            return Err("this driver is only measured polled".to_string());
+        }
+        let place = self.mmio_place(job)?;
+        let line = self.interrupts.masked_line(place.gsi);
+        let line = line.ok_or_else(|| format!("no interrupt pin {}", place.gsi))?;
+        let mut machine = self.machine_with(line);
+        let registers = place.registers()?;
+        // The driver writes the status for a reset, and does not wait for it.
+        let mut resets =
+            MmioTransport::new(registers.clone()).map_err(|error| error.to_string())?;
+        resets.reset().map_err(|error| error.to_string())?;
+        let allow = Features::from_bits_retain(job.allow_features.get());
+        let mut target = peer::open(place.base()?, place.bytes, registers, allow)?;
+        let features = target.features();
+        let outcome = run(
+            job,
+            number,
+            &mut target,
+            &mut machine,
+            &mut buffers,
+            samples,
+        );
+        // Before the driver's memory goes.
+        resets.reset().map_err(|error| error.to_string())?;
+        drop(target);
+        Ok((outcome.map_err(|error| error.to_string())?, features))
+    }
+
+    /// The device that a job names.
+    fn mmio_place(&self, job: &Job) -> Result<MmioPlace, String> {
+        mmio_places(self.start.command_line)
+            .nth(job.index.get() as usize)
+            .ok_or_else(|| format!("no virtio-mmio device {}", job.index))
     }
 
     fn run_virtio_pci(
@@ -354,6 +399,20 @@ struct MmioPlace {
     base: usize,
     bytes: usize,
     gsi: u32,
+}
+
+impl MmioPlace {
+    fn base(&self) -> Result<NonNull<u8>, String> {
+        let base = core::ptr::with_exposed_provenance_mut(self.base);
+        Ok(NonNull::new(base).ok_or("a device at address 0")?)
+    }
+
+    fn registers(&self) -> Result<CountingRegisters, String> {
+        let base = self.base()?;
+        // SAFETY: the monitor says that the window is there; it is mapped
+        // uncached, and one driver uses it at a time.
+        Ok(unsafe { CountingRegisters::new(base, self.bytes, Some(QUEUE_NOTIFY)) })
+    }
 }
 
 /// The devices on the command line, each as `virtio_mmio.device=512@ADDR:IRQ`.

@@ -15,6 +15,7 @@ mod cpu;
 mod interrupts;
 mod jobs;
 mod memory;
+mod peer;
 mod virtio_pci;
 
 use boot::StartError;

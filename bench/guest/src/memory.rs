@@ -2,16 +2,95 @@
 
 use crate::boot::{Start, StartError};
 use alloc::alloc::{alloc_zeroed, dealloc};
-use core::alloc::Layout;
+use core::alloc::{GlobalAlloc, Layout};
 use core::mem::ManuallyDrop;
 use core::ops::{Deref, DerefMut};
-use core::ptr::NonNull;
+use core::ptr::{NonNull, null_mut};
+use core::sync::atomic::{AtomicPtr, Ordering};
 use linked_list_allocator::LockedHeap;
 use pvkit_guest::dma::{DmaBuf, DmaBufMut};
 use pvkit_workload::script::Header;
 
 #[global_allocator]
-static HEAP: LockedHeap = LockedHeap::empty();
+static HEAP: Heap = Heap {
+    all: LockedHeap::empty(),
+    small: AtomicPtr::new(null_mut()),
+};
+
+/// The heap. Small blocks are kept when they are freed: a driver that allocates
+/// for each request is not to be measured by the search for a place.
+struct Heap {
+    all: LockedHeap,
+    /// The first of those; each starts with the address of the next.
+    small: AtomicPtr<Small>,
+}
+
+/// A small block.
+#[repr(C, align(16))]
+struct Small {
+    next: *mut Small,
+    rest: [u64; 7],
+}
+
+const SMALL: Layout = Layout::new::<Small>();
+
+fn is_small(layout: Layout) -> bool {
+    layout.size() <= SMALL.size() && layout.align() <= SMALL.align()
+}
+
+// SAFETY: small blocks come from the same heap as all others, and from nowhere
+// else; a kept block is on the list once, and off it before it is handed out.
+// There is one thread, and interrupts do not allocate.
+unsafe impl GlobalAlloc for Heap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if !is_small(layout) {
+            // SAFETY: passed on.
+            return unsafe { self.all.alloc(layout) };
+        }
+        let first = self.small.load(Ordering::Relaxed);
+        if first.is_null() {
+            // SAFETY: the size is not 0.
+            return unsafe { self.all.alloc(SMALL) };
+        }
+        // SAFETY: a kept block, which is nobody else's.
+        let next = unsafe { (*first).next };
+        self.small.store(next, Ordering::Relaxed);
+        first.cast()
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        if !is_small(layout) {
+            // SAFETY: passed on.
+            return unsafe { self.all.dealloc(start, layout) };
+        }
+        let block: *mut Small = start.cast();
+        // SAFETY: the block was handed out by `alloc`, as long and as aligned
+        // as this, and is given back.
+        unsafe { (*block).next = self.small.load(Ordering::Relaxed) };
+        self.small.store(block, Ordering::Relaxed);
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: passed on.
+        let start = unsafe { self.alloc(layout) };
+        if start.is_null() {
+            return start;
+        }
+        if is_small(layout) {
+            // SAFETY: such a block, whatever the layout.
+            unsafe {
+                start.cast::<Small>().write(Small {
+                    next: null_mut(),
+                    rest: [0; 7],
+                });
+            }
+        } else {
+            // SAFETY: the block has this size.
+            unsafe { start.write_bytes(0, layout.size()) };
+        }
+        start
+    }
+}
 
 unsafe extern "C" {
     /// End of the image; placed by `link.ld`.
@@ -40,7 +119,8 @@ pub(crate) unsafe fn lay_out(
     // SAFETY: RAM behind the image, and before the report and the module,
     // which monitors put at its end; nobody else uses it.
     unsafe {
-        HEAP.lock()
+        HEAP.all
+            .lock()
             .init(at(heap_start), (addr - heap_start) as usize);
         Ok(core::slice::from_raw_parts_mut(at(addr), len as usize))
     }

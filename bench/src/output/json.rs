@@ -1,5 +1,6 @@
 //! The JSON file, schema `pvkit-bench/1`.
 
+use crate::instructions::Instructions;
 use crate::machine::Machine;
 use crate::measure::{Pair, RowResult};
 use anyhow::{Context, Result, bail};
@@ -19,6 +20,8 @@ pub struct Document<'a> {
     pub results: &'a [RowResult],
     /// Comparisons.
     pub pairs: &'a [Pair],
+    /// Instructions that drivers take; empty unless they were counted.
+    pub instructions: &'a [Instructions],
     /// What was left out, and why.
     pub skipped: &'a [String],
 }
@@ -94,6 +97,7 @@ mod tests {
             machine: &machine,
             results: &[],
             pairs: &[],
+            instructions: &[],
             skipped: &[],
         };
         let at = |name: &str| directory.path().join(name);

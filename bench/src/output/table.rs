@@ -1,6 +1,8 @@
 //! The tables on standard output.
 
+use crate::instructions::Instructions;
 use crate::measure::{Pair, RowResult};
+use crate::row::Driver;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
@@ -42,10 +44,13 @@ fn optional(value: Option<f64>) -> String {
 /// All rows.
 #[must_use]
 pub fn results(results: &[RowResult]) -> String {
+    // Only where it is compared: the table is wide enough.
+    let ours = Driver::PvkitGuest.name();
+    let drivers = results.iter().any(|row| row.driver != ours);
     let mut table = table(
         &[
             "case",
-            "device",
+            if drivers { "driver" } else { "device" },
             "vmm",
             "spin",
             "QD",
@@ -77,7 +82,11 @@ pub fn results(results: &[RowResult]) -> String {
         });
         table.add_row([
             row.case.clone(),
-            row.device.clone(),
+            if drivers {
+                row.driver.to_owned()
+            } else {
+                row.device.clone()
+            },
             row.vmm.to_owned(),
             spin,
             row.depth.to_string(),
@@ -124,6 +133,22 @@ pub fn pairs(pairs: &[Pair]) -> String {
             optional(pair.host_cpu),
             figure(pair.a_exits_per_request),
             figure(pair.b_exits_per_request),
+        ]);
+    }
+    table.trim_fmt()
+}
+
+/// What drivers execute.
+#[must_use]
+pub fn instructions(counts: &[Instructions]) -> String {
+    let header = ["driver", "QD", "instructions/req", "without allocator"];
+    let mut table = table(&header, 1);
+    for count in counts {
+        table.add_row([
+            count.driver.to_owned(),
+            count.depth.to_string(),
+            figure(count.instructions_per_request),
+            figure(count.without_allocator),
         ]);
     }
     table.trim_fmt()

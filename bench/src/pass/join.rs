@@ -2,25 +2,30 @@
 //! by hand. Counts only: they are the same at every run.
 
 use super::{Measurement, Progress, Settings, Task, job};
-use crate::row::{DeviceKind, Row};
-use anyhow::{Context, Result};
+use crate::row::{DeviceKind, Driver, Row};
+use anyhow::{Context, Result, ensure};
 use pvkit_guest::block::{BlockLimits, BlockOp, BlockQueue, Done, Refused};
 use pvkit_guest::dma::DmaBufMut;
+use pvkit_guest::dma::DmaSpace;
 use pvkit_guest::emulated::ata::{self, Ata, AtaOptions, Mode};
 use pvkit_guest::fault::Fault;
+use pvkit_guest::register::Registers;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
+use pvkit_guest::virtio::transport::{MmioTransport, Transport};
 use pvkit_host::disk::MemoryDisk;
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::virtio::block::BlockOptions as DeviceOptions;
 use pvkit_host::worker::SignalCounter;
-use pvkit_join::any::AnyTransport;
 use pvkit_join::arena::{Arena, ArenaBuf, ArenaSpace};
 use pvkit_join::ide::IdeJoin;
-use pvkit_join::pci::AnyWire;
 use pvkit_join::port::{Access, PortWire};
 use pvkit_join::stepped::Steps;
 use pvkit_join::{Join, Kind};
+use pvkit_peer::PeerQueue;
+use pvkit_peer::join::{ArenaHal, MmioOverRegisters, PlatformRegisters, PlatformSpace};
+use pvkit_peer::sides::driver_side;
 use pvkit_protocol::virtio::Features;
+use pvkit_protocol::virtio::mmio::QUEUE_NOTIFY;
 use pvkit_workload::report::{JobReport, OUTCOME_OK, Sample};
 use pvkit_workload::run::{Counts, Machine, Outcome, RunError, Target, run as run_job};
 use pvkit_workload::script::{Completion, Job, Mark};
@@ -98,7 +103,12 @@ fn report(outcome: &Outcome, features: Features) -> JobReport {
 }
 
 fn run_task(disk: &MemoryDisk, task: &Task, job: &Job) -> Result<(Outcome, Features)> {
-    match task.row.device {
+    let row = &task.row;
+    if row.driver != Driver::PvkitGuest {
+        ensure!(row.device == DeviceKind::VirtioBlk, "no such driver");
+        return run_virtio_drivers(disk, job, REQUESTS);
+    }
+    match row.device {
         DeviceKind::VirtioBlk => run_virtio(disk, Kind::Mmio, job),
         DeviceKind::VirtioBlkPci => run_virtio(disk, Kind::Pci, job),
         DeviceKind::IdeDma => run_ide(disk, job, Mode::Dma),
@@ -106,37 +116,87 @@ fn run_task(disk: &MemoryDisk, task: &Task, job: &Job) -> Result<(Outcome, Featu
     }
 }
 
+/// A virtio block device on `disk`.
+fn joined(disk: &MemoryDisk, kind: Kind) -> (Join, Steps) {
+    let disk = Arc::new(disk.clone());
+    Join::stepped(kind, disk, DeviceOptions::default(), GUEST_BYTES)
+}
+
 fn run_virtio(disk: &MemoryDisk, kind: Kind, job: &Job) -> Result<(Outcome, Features)> {
-    let (join, steps) = Join::stepped(
-        kind,
-        Arc::new(disk.clone()),
-        DeviceOptions::default(),
-        GUEST_BYTES,
-    );
+    let (join, steps) = joined(disk, kind);
+    let (transport, space) = (join.transport(), join.space());
+    drive(&join, steps, transport, space, job, REQUESTS)
+}
+
+/// Reads by our driver, with all that is not the driver's work on the
+/// platform's side.
+pub(crate) fn run_sided(disk: &MemoryDisk, job: &Job, requests: u32) -> Result<Outcome> {
+    let (join, steps) = joined(disk, Kind::Mmio);
+    let transport = MmioTransport::new(PlatformRegisters(join.wire.clone()))?;
+    let space = PlatformSpace::new(&join.arena);
+    Ok(drive(&join, steps, transport, space, job, requests)?.0)
+}
+
+fn drive<T: Transport, S: DmaSpace<Addr = u64>>(
+    join: &Join,
+    steps: Steps,
+    transport: T,
+    space: S,
+    job: &Job,
+    requests: u32,
+) -> Result<(Outcome, Features)> {
     let options = BlockOptions {
         queue_size: job.queue_size.get(),
+        allow: Features::from_bits_retain(job.allow_features.get()),
         ..BlockOptions::default()
     };
-    let (block, queue) = Block::open(join.transport(), join.space(), options)?;
+    let (block, queue) = Block::open(transport, space, options)?;
     let features = block.features();
-    let lazy = Completion::from_code(job.completion) == Some(Completion::Interrupt);
-    let wire = join.wire.clone();
+    let mut machine = stepper(join, steps.clone());
     let mut target = Virtio {
         block,
-        queue: SteppedQueue {
-            queue,
-            steps: steps.clone(),
-            lazy,
-            empty: 0,
-        },
+        queue: SteppedQueue::new(queue, steps, job),
     };
-    let mut machine = Stepper::new(join.interrupts.clone(), steps, move || Counts {
+    let outcome = run_on(&join.arena, job, &mut target, &mut machine, requests)?;
+    Ok((outcome, features))
+}
+
+/// Reads or writes by the driver of the crate `virtio-drivers`.
+pub(crate) fn run_virtio_drivers(
+    disk: &MemoryDisk,
+    job: &Job,
+    requests: u32,
+) -> Result<(Outcome, Features)> {
+    let (join, steps) = joined(disk, Kind::Mmio);
+    ArenaHal::install(&join.arena);
+    let registers = PlatformRegisters(join.wire.clone());
+    let transport = MmioOverRegisters(registers.clone());
+    let mut resets = MmioTransport::new(registers.clone())?;
+    let allow = Features::from_bits_retain(job.allow_features.get());
+    // Nothing is lost here: device and driver take turns.
+    let ring_again = move || registers.write_u32(QUEUE_NOTIFY, 0);
+    let queue = PeerQueue::<_, ArenaHal, _, _>::open(transport, allow, ring_again)
+        .context("virtio-drivers")?;
+    let features = queue.features();
+    let mut machine = stepper(&join, steps.clone());
+    // The device sends them, since this driver cannot always tell it not to;
+    // in a virtual machine its pin is masked.
+    machine.interrupts = Arc::default();
+    let mut target = SteppedQueue::new(queue, steps, job);
+    let outcome = run_on(&join.arena, job, &mut target, &mut machine, requests);
+    // Before the driver's memory goes.
+    resets.reset()?;
+    drop(target);
+    Ok((outcome?, features))
+}
+
+fn stepper(join: &Join, steps: Steps) -> Stepper {
+    let wire = join.wire.clone();
+    Stepper::new(join.interrupts.clone(), steps, move || Counts {
         mmio_reads: wire.reads(),
         mmio_writes: wire.writes(),
         ..Counts::default()
-    });
-    let outcome = run_on(&join.arena, job, &mut target, &mut machine)?;
-    Ok((outcome, features))
+    })
 }
 
 fn run_ide(disk: &MemoryDisk, job: &Job, mode: Mode) -> Result<(Outcome, Features)> {
@@ -171,7 +231,7 @@ fn run_ide(disk: &MemoryDisk, job: &Job, mode: Mode) -> Result<(Outcome, Feature
             ..Counts::default()
         }
     });
-    let outcome = run_on(&join.arena, job, &mut Ide(queue), &mut machine)?;
+    let outcome = run_on(&join.arena, job, &mut Ide(queue), &mut machine, REQUESTS)?;
     Ok((outcome, Features::empty()))
 }
 
@@ -180,6 +240,7 @@ fn run_on<T: Target<ArenaBuf>>(
     job: &Job,
     target: &mut T,
     machine: &mut Stepper,
+    requests: u32,
 ) -> Result<Outcome> {
     let bytes = job.block_bytes.get() as usize;
     let mut buffers = (0..job.depth.get())
@@ -189,7 +250,7 @@ fn run_on<T: Target<ArenaBuf>>(
                 .context("the guest's memory is too small")
         })
         .collect::<Result<Vec<_>>>()?;
-    let mut samples = vec![Sample::new_zeroed(); REQUESTS as usize];
+    let mut samples = vec![Sample::new_zeroed(); requests as usize];
     Ok(run_job(job, 0, target, machine, &mut buffers, &mut samples)
         .map_err(|error: RunError| error)?)
 }
@@ -244,16 +305,14 @@ impl Machine for Stepper {
     }
 }
 
-type Transport = AnyTransport<AnyWire>;
-
-struct Virtio<B: DmaBufMut> {
-    block: Block<Transport>,
-    queue: SteppedQueue<B>,
+struct Virtio<B: DmaBufMut, S: DmaSpace<Addr = u64>, T: Transport> {
+    block: Block<T>,
+    queue: SteppedQueue<QueueOf<B, S, T>>,
 }
 
 /// A queue whose device works when the driver finds nothing to complete.
-struct SteppedQueue<B: DmaBufMut> {
-    queue: QueueOf<B, ArenaSpace, Transport>,
+struct SteppedQueue<Q> {
+    queue: Q,
     steps: Steps,
     /// The driver sleeps instead of looking again and again: the device works
     /// meanwhile, and not before.
@@ -264,7 +323,18 @@ struct SteppedQueue<B: DmaBufMut> {
 /// A driver that looks so often in vain does not sleep.
 const POLLS: u32 = 3;
 
-impl<B: DmaBufMut> BlockQueue<B> for SteppedQueue<B> {
+impl<Q> SteppedQueue<Q> {
+    fn new(queue: Q, steps: Steps, job: &Job) -> Self {
+        Self {
+            queue,
+            steps,
+            lazy: Completion::from_code(job.completion) == Some(Completion::Interrupt),
+            empty: 0,
+        }
+    }
+}
+
+impl<B: DmaBufMut, Q: BlockQueue<B>> BlockQueue<B> for SteppedQueue<Q> {
     fn limits(&self) -> &BlockLimits {
         self.queue.limits()
     }
@@ -272,20 +342,20 @@ impl<B: DmaBufMut> BlockQueue<B> for SteppedQueue<B> {
         self.queue.depth()
     }
     fn submit(&mut self, op: BlockOp, buffer: Option<B>, tag: u64) -> Result<(), Refused<B>> {
-        self.queue.submit(op, buffer, tag)
+        driver_side(|| self.queue.submit(op, buffer, tag))
     }
     fn publish(&mut self) {
-        self.queue.publish();
+        driver_side(|| self.queue.publish());
     }
     fn complete(&mut self) -> Result<Option<Done<B>>, Fault> {
-        let mut done = self.queue.complete()?;
+        let mut done = driver_side(|| self.queue.complete())?;
         if done.is_none() {
             self.empty += 1;
             if self.lazy && self.empty < POLLS {
                 return Ok(None);
             }
             self.steps.run();
-            done = self.queue.complete()?;
+            done = driver_side(|| self.queue.complete())?;
         }
         if done.is_some() {
             self.empty = 0;
@@ -299,8 +369,8 @@ impl<B: DmaBufMut> BlockQueue<B> for SteppedQueue<B> {
     }
 }
 
-impl<B: DmaBufMut> Target<B> for Virtio<B> {
-    type Queue = SteppedQueue<B>;
+impl<B: DmaBufMut, S: DmaSpace<Addr = u64>, T: Transport> Target<B> for Virtio<B, S, T> {
+    type Queue = SteppedQueue<QueueOf<B, S, T>>;
     fn queue(&mut self) -> &mut Self::Queue {
         &mut self.queue
     }
@@ -309,6 +379,20 @@ impl<B: DmaBufMut> Target<B> for Virtio<B> {
     }
     fn kicks(&self) -> u64 {
         self.queue.queue.counters().kicks
+    }
+}
+
+/// Drivers that are their own target.
+impl<B: DmaBufMut, Q: Target<B, Queue = Q> + BlockQueue<B>> Target<B> for SteppedQueue<Q> {
+    type Queue = Self;
+    fn queue(&mut self) -> &mut Self {
+        self
+    }
+    fn acknowledge(&mut self) {
+        self.queue.acknowledge();
+    }
+    fn kicks(&self) -> u64 {
+        self.queue.kicks()
     }
 }
 
@@ -333,11 +417,9 @@ mod tests {
     use crate::test_file;
     use clap::Parser;
 
-    /// The counts of every row of the quick set. They are exact, so they are
-    /// asserted: what the README says a request costs.
-    #[test]
-    fn every_row_runs_and_costs_what_it_must() {
-        let plan = Plan::new(&Cli::parse_from(["pvkit-bench"])).unwrap();
+    fn measure(args: &[&str]) -> Vec<(Row, JobReport)> {
+        let args = std::iter::once("pvkit-bench").chain(args.iter().copied());
+        let plan = Plan::new(&Cli::parse_from(args)).unwrap();
         let rows = rows(&plan.rows);
         let tasks: Vec<Task> = rows
             .iter()
@@ -352,9 +434,41 @@ mod tests {
         let disk = MemoryDisk::from_bytes(test_file::content());
         let measurements = run(&disk, &tasks, &|_| {}).unwrap();
         assert_eq!(measurements.len(), tasks.len());
-        for (measurement, task) in measurements.iter().zip(&tasks) {
-            let report = &measurement.report;
-            let row = task.row;
+        let reports = measurements.into_iter().map(|m| m.report);
+        rows.into_iter().zip(reports).collect()
+    }
+
+    /// What each driver rings, exactly: ours once for all that is in flight,
+    /// the other for every request, whatever features it has.
+    #[test]
+    fn our_driver_rings_once_for_many_and_virtio_drivers_for_each_request() {
+        let measured = measure(&["--vs", "virtio-drivers"]);
+        assert_eq!(measured.len(), 10);
+        let requests = u64::from(REQUESTS);
+        for (row, report) in measured {
+            assert_eq!(report.requests.get(), requests, "{row}");
+            assert!(report.verified_bytes.get() > 0, "{row}");
+            let expected = match row.driver {
+                // The device sleeps until all are done, and the first doorbell
+                // woke it.
+                Driver::PvkitGuest => requests / u64::from(row.depth),
+                Driver::VirtioDrivers | Driver::VirtioDriversTuned => requests,
+            };
+            assert_eq!(report.kicks.get(), expected, "{row}");
+            assert_eq!(report.interrupts.get(), 0, "{row}");
+            let features = Features::from_bits_retain(report.features.get());
+            let hidden = row.driver.hidden_features(row.depth);
+            assert_eq!(features & hidden, Features::empty(), "{row}");
+            let both = Features::EVENT_IDX | Features::INDIRECT_DESC;
+            assert_eq!(features & both, both - hidden, "{row}");
+        }
+    }
+
+    /// The counts of every row of the quick set. They are exact, so they are
+    /// asserted: what the README says a request costs.
+    #[test]
+    fn every_row_runs_and_costs_what_it_must() {
+        for (row, report) in measure(&[]) {
             let requests = report.requests.get();
             assert_eq!(requests, u64::from(REQUESTS), "{row}");
             assert!(report.verified_bytes.get() > 0, "{row}");

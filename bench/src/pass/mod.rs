@@ -133,7 +133,7 @@ fn ticks(settings: &Settings, time: Duration) -> u64 {
     (time.as_secs_f64() * f64::from(settings.tsc_khz) * 1000.0) as u64
 }
 
-fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
+pub(crate) fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     let Task {
         row, round, rate, ..
     } = task;
@@ -162,7 +162,8 @@ fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
     // A fixed number of bytes, whatever the size of a request.
     job.verify.set((512 * 1024 / row.block_bytes).clamp(4, 64));
     job.seed.set(pattern::mix(u64::from(*round)));
-    let mut allow = settings.allow;
+    job.driver = row.driver.script_driver().code();
+    let mut allow = settings.allow - row.driver.hidden_features(row.depth);
     allow.set(Features::IN_ORDER, settings.in_order);
     if row.ring == Ring::Split {
         allow.remove(Features::RING_PACKED);

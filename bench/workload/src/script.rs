@@ -12,7 +12,7 @@ pub const MARK_PORT: u16 = 0x1510;
 /// The first bytes of a script.
 pub const MAGIC: [u8; 8] = *b"pvkitjob";
 /// The version of this format.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The start of a script; [`Job`]s follow.
 #[derive(
@@ -78,10 +78,12 @@ pub struct Job {
     pub seed: U64,
     /// Features that the driver may use.
     pub allow_features: U64,
+    /// A [`Driver`].
+    pub driver: U32,
     /// Size of the queue.
     pub queue_size: U16,
     /// Padding, 0.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 2],
 }
 
 /// A set of named values that fit 32 bits.
@@ -125,6 +127,16 @@ code! {
         /// virtio-blk on virtio-pci. Completion by interrupt is by MSI-X, or by
         /// the function's pin if it has no vectors.
         VirtioPci = 3,
+    }
+}
+
+code! {
+    /// The guest's driver of a virtio device.
+    Driver {
+        /// Our own.
+        Pvkit = 0,
+        /// The crate `virtio-drivers`: virtio-mmio only, polled.
+        VirtioDrivers = 1,
     }
 }
 

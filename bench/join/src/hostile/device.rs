@@ -104,6 +104,8 @@ pub struct Device {
     pub reads: u64,
     /// Doorbells.
     pub kicks: u64,
+    /// The value of the last doorbell.
+    pub rung_with: u32,
     /// Bits of the interrupt status that are set.
     pub interrupt: u32,
     /// Index of the next used element.
@@ -155,6 +157,7 @@ pub fn device(arena: &Arena, sectors: u64) -> Wire<Device> {
         resets: 0,
         reads: 0,
         kicks: 0,
+        rung_with: 0,
         interrupt: 0,
         next_used: 0,
         next_avail: 0,
@@ -483,7 +486,10 @@ impl BusDevice for Device {
             mmio::QUEUE_DEVICE_LOW => low(&mut place.used),
             mmio::QUEUE_DEVICE_HIGH => high(&mut place.used),
             mmio::QUEUE_READY => place.ready = value,
-            mmio::QUEUE_NOTIFY => self.kicks += 1,
+            mmio::QUEUE_NOTIFY => {
+                self.kicks += 1;
+                self.rung_with = value;
+            }
             mmio::INTERRUPT_ACK => self.interrupt &= !value,
             mmio::STATUS if value == 0 => self.reset(),
             mmio::STATUS => {

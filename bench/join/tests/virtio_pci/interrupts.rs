@@ -1,6 +1,6 @@
 //! Vectors, the pin, and what an interrupt costs.
 
-use super::Scene;
+use super::{DeviceOptions, Queue, Scene};
 use pvkit_guest::block::BlockQueue;
 use pvkit_guest::pci::{Msix, MsixError};
 use pvkit_guest::virtio::block::{Block, BlockOptions};
@@ -250,4 +250,62 @@ fn virtio_mmio_has_one_line_and_says_so() {
     let error = Err(VectorError::OneLine);
     assert_eq!(transport.set_config_vector(Some(0)), error);
     assert_eq!(transport.set_queue_vector(0, Some(0)), error);
+}
+
+#[test]
+fn queues_share_vectors_where_there_are_fewer() {
+    let device = DeviceOptions {
+        queues: 5,
+        ..DeviceOptions::default()
+    };
+    // One for configuration changes, and so many for the queues.
+    for vectors in [1, 2, 3, 5] {
+        let scene = Scene::of(
+            device.clone(),
+            PciOptions::default().with_vectors(1 + vectors),
+        );
+        let mut free = scene.pci.free();
+        let transport = scene.pci.transport(&mut free);
+        let msix = scene.pci.msix(&mut free);
+        let options = BlockOptions {
+            queues: 5,
+            queue_vectors: vectors,
+            ..options(Some(0), Some(1))
+        };
+        let transport = transport.with_msix(&msix);
+        let (mut block, mut queues) =
+            Block::open_queues(transport, scene.arena.space(), options).unwrap();
+        assert_eq!(queues.len(), 5);
+        let check = |queues: &mut Vec<Queue>| {
+            for queue in queues {
+                let vector = usize::from(1 + queue.index() % vectors);
+                let before: Vec<_> = (0..6).map(|v| scene.pci.interrupts.vector(v)).collect();
+                assert!(!queue.arm());
+                scene.read(queue, 3);
+                for (v, before) in before.into_iter().enumerate() {
+                    let count = scene.pci.interrupts.vector(v as u16) - before;
+                    assert_eq!(count, u64::from(v == vector), "{vectors} vectors, {v}");
+                }
+            }
+        };
+        check(&mut queues);
+        block.recover_queues(&mut queues, &mut |_| {}).unwrap();
+        check(&mut queues);
+        for queue in &mut queues {
+            block.reset_queue(queue, &mut |_| {}).unwrap();
+        }
+        check(&mut queues);
+    }
+}
+
+#[test]
+fn a_vector_that_is_not_there_is_refused() {
+    let scene = Scene::new(PciOptions::default().with_vectors(2));
+    let mut free = scene.pci.free();
+    let transport = scene.pci.transport(&mut free);
+    let msix = scene.pci.msix(&mut free);
+    let options = options(Some(0), Some(2));
+    let opened =
+        Block::open::<Vec<u8>, _>(transport.with_msix(&msix), scene.arena.space(), options);
+    assert!(opened.is_err(), "{opened:?}");
 }

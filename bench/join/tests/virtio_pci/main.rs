@@ -29,9 +29,13 @@ struct Scene {
 
 impl Scene {
     fn new(options: PciOptions) -> Self {
+        Self::of(DeviceOptions::default(), options)
+    }
+
+    fn of(device: DeviceOptions, options: PciOptions) -> Self {
         let arena = Arena::new(4 << 20);
         let disk = MemoryDisk::from_bytes(pattern(0, 64 * 512));
-        let device = Device::new(Arc::new(disk), DeviceOptions::default()).unwrap();
+        let device = Device::new(Arc::new(disk), device).unwrap();
         let (executor, steps) = stepped();
         let memory = arena.guest_memory().clone();
         let pci = VirtioPci::new(Box::new(device), memory, Box::new(executor), options);

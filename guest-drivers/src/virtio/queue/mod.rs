@@ -91,6 +91,25 @@ enum State {
     Retired,
 }
 
+/// Makes a chain of `count` parts available, through a table at an offset of a
+/// region or as it is.
+#[inline]
+fn add<S: DmaSpace<Addr = u64>>(
+    ring: &mut Ring<S>,
+    table: Option<(&DmaRegion<S>, usize)>,
+    count: u16,
+    parts: impl IntoIterator<Item = Part>,
+) {
+    let parts = parts.into_iter();
+    match table {
+        Some((memory, offset)) => {
+            ring.write_table(memory, offset, count, parts);
+            ring.add_indirect(memory.addr() + offset as u64, count);
+        }
+        None => ring.add_direct(count, parts),
+    }
+}
+
 /// Everything that has to be leaked together if the queue is dropped while the
 /// device may still use it.
 struct Shared<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>> {
@@ -248,21 +267,27 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
                 Err((buffer, error)) => return Err((PostError::Dma(error), buffer)),
             },
         };
-        let longest = self.shape.max_segment_bytes;
+        let max = self.shape.max_segment_bytes;
         let data = room.get(..segments).unwrap_or(&[]);
-        let too_long = data.iter().find(|segment| segment.len > longest);
+        // Nearly every buffer is one segment: no loops for that.
+        let (longest, bytes) = match data {
+            [only] => (only.len, only.len),
+            _ => data.iter().fold((0, 0), |(longest, bytes): (u32, u32), s| {
+                (longest.max(s.len), bytes.saturating_add(s.len))
+            }),
+        };
         let trailer_bytes = u32::from(self.shape.trailer);
         let has_trailer = trailer_bytes != 0;
         let segments = segments as u16;
         let count = 1 + segments + u16::from(has_trailer);
         let descriptors = if indirect { 1 } else { count };
-        let refused = match too_long {
-            Some(segment) => Some(PostError::Dma(DmaError::SegmentTooLong {
-                bytes: segment.len,
-                max: longest,
-            })),
-            None if ring.free() < descriptors => Some(PostError::Full),
-            None => None,
+        let refused = if longest > max {
+            let bytes = longest;
+            Some(PostError::Dma(DmaError::SegmentTooLong { bytes, max }))
+        } else if ring.free() < descriptors {
+            Some(PostError::Full)
+        } else {
+            None
         };
         if let Some(error) = refused {
             // SAFETY: the device was not told about the buffer.
@@ -270,11 +295,19 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             return Err((error, buffer));
         }
 
-        let mut header_bytes = 0;
-        for word in header.iter().take(HEADER_WORDS) {
-            shared.area.write_u64(offset + header_bytes, *word);
-            header_bytes += size_of::<u64>();
-        }
+        let header_bytes = match header {
+            [low, high] => {
+                shared.area.write_u64s(offset, [*low, *high]);
+                2 * size_of::<u64>()
+            }
+            _ => {
+                let words = header.iter().take(HEADER_WORDS);
+                words.fold(0, |bytes, word| {
+                    shared.area.write_u64(offset + bytes, *word);
+                    bytes + size_of::<u64>()
+                })
+            }
+        };
         let base = shared.area.addr() + offset as u64;
         let from_device = direction == Direction::FromDevice;
         let header = Part {
@@ -287,19 +320,13 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             len: trailer_bytes,
             writable: true,
         };
-        let parts = core::iter::once(header)
-            .chain(data.iter().map(|s| Part {
-                addr: s.addr,
-                len: s.len,
-                writable: from_device,
-            }))
-            .chain(has_trailer.then_some(trailer));
-        let mut writable = trailer_bytes;
-        if from_device {
-            for segment in data {
-                writable = writable.saturating_add(segment.len);
-            }
-        }
+        let part = |segment: &Segment<u64>| Part {
+            addr: segment.addr,
+            len: segment.len,
+            writable: from_device,
+        };
+        let written = if from_device { bytes } else { 0 };
+        let writable = trailer_bytes.saturating_add(written);
         if has_trailer {
             shared.area.write_u8(offset + TRAILER, TRAILER_UNWRITTEN);
         }
@@ -311,11 +338,20 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             segments,
             writable,
         });
-        if indirect {
-            ring.write_table(&shared.area, offset + TABLE, count, parts);
-            ring.add_indirect(base + TABLE as u64, count);
-        } else {
-            ring.add_direct(count, parts);
+        let table = indirect.then_some((&shared.area, offset + TABLE));
+        match data {
+            // Then the chain has a fixed length, too.
+            [only] if has_trailer => add(ring, table, 3, [header, part(only), trailer]),
+            _ => {
+                let data = data.iter().map(part);
+                let end = has_trailer.then_some(trailer);
+                add(
+                    ring,
+                    table,
+                    count,
+                    core::iter::once(header).chain(data).chain(end),
+                );
+            }
         }
         self.counters.posted += 1;
         Ok(())
@@ -349,20 +385,39 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             }
             State::Retired => return Ok(None),
         }
-        self.take_used().inspect_err(|_| {
-            self.counters.faults += 1;
-            self.state = State::Retired;
-        })
+        // Looking in vain is what a driver that polls does most.
+        match self.next_used() {
+            Ok(None) => Ok(None),
+            Ok(Some(used)) => match self.take(used) {
+                Ok(done) => Ok(Some(done)),
+                Err(fault) => Err(self.fail(fault)),
+            },
+            Err(fault) => Err(self.fail(fault)),
+        }
     }
 
-    fn take_used(&mut self) -> Result<Option<Completed<B, X>>, Fault> {
+    /// Retires the queue because of a fault that is reported now.
+    #[cold]
+    fn fail(&mut self, fault: Fault) -> Fault {
+        self.counters.faults += 1;
+        self.state = State::Retired;
+        fault
+    }
+
+    #[inline]
+    fn next_used(&mut self) -> Result<Option<Used>, Fault> {
         let shared = &mut *self.shared;
-        let used = if self.shape.in_order() {
-            next_in_order(shared, &mut self.batch, self.shown)?
+        if self.shape.in_order() {
+            next_in_order(shared, &mut self.batch, self.shown)
         } else {
-            shared.ring.next_used()?
-        };
-        let Some(used) = used else { return Ok(None) };
+            shared.ring.next_used()
+        }
+    }
+
+    /// Takes back the request that the device says it has used.
+    #[inline]
+    fn take(&mut self, used: Used) -> Result<Completed<B, X>, Fault> {
+        let shared = &mut *self.shared;
         let Used { id, len, exact } = used;
         let slot = shared
             .slots
@@ -406,12 +461,12 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             unsafe { lent.give_back(&self.space, segments, written as usize) }
         });
         self.counters.completed += 1;
-        Ok(Some(Completed {
+        Ok(Completed {
             extra: request.extra,
             buffer,
             written,
             trailer,
-        }))
+        })
     }
 
     /// Asks for an interrupt; `true` if there is something to take already.

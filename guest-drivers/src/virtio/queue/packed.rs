@@ -258,6 +258,7 @@ impl<S: DmaSpace<Addr = u64>> PackedRing<S> {
 /// Writes a chain as an indirect table at `offset`: the order of its
 /// descriptors is that of the table, and only their write flag counts
 /// (§2.8.7).
+#[inline]
 pub(super) fn write_table<S: DmaSpace>(
     memory: &DmaRegion<S>,
     offset: usize,
@@ -265,7 +266,7 @@ pub(super) fn write_table<S: DmaSpace>(
 ) {
     for (index, part) in parts.enumerate() {
         let offset = offset + index * DESCRIPTOR_BYTES;
-        memory.write_u64(offset, part.addr);
-        memory.write_u64(offset + LEN, word(part.len, 0, write_flags(part.writable)));
+        let word = word(part.len, 0, write_flags(part.writable));
+        memory.write_u64s(offset, [part.addr, word]);
     }
 }

@@ -137,11 +137,13 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.memory.leak();
     }
 
+    #[inline]
     fn write(&self, index: u16, descriptor: Descriptor) {
         let offset = usize::from(index) * size_of::<Descriptor>();
         write_descriptor(&self.memory, offset, descriptor);
     }
 
+    #[inline]
     pub(super) fn add_indirect(&mut self, table: u64, entries: u16) {
         let head = self.free.take();
         let bytes = u32::from(entries) * size_of::<Descriptor>() as u32;
@@ -169,6 +171,7 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.make_available(head);
     }
 
+    #[inline]
     fn make_available(&mut self, head: u16) {
         let slot = usize::from(self.size.slot(self.avail_idx));
         self.memory
@@ -177,6 +180,7 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
     }
 
     /// §2.7.13.3 and §2.7.10.
+    #[inline]
     pub(super) fn publish(&mut self) -> Option<bool> {
         let (new, old) = (self.avail_idx, self.published);
         if new == old {
@@ -203,6 +207,7 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.avail_idx
     }
 
+    #[inline]
     pub(super) fn next_used(&mut self) -> Result<Option<Used>, Fault> {
         if self.used_idx == self.used_seen {
             let to = self.memory.load_acquire_u16(self.used + USED_IDX);
@@ -241,6 +246,7 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         }
     }
 
+    #[inline]
     fn advance_used(&mut self) {
         self.used_idx = self.used_idx.wrapping_add(1);
         if self.event_idx && self.used_idx.is_multiple_of(EVENT_REFRESH) {
@@ -288,6 +294,7 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
 }
 
 /// Writes a chain of `count` parts as an indirect table at `offset`.
+#[inline]
 pub(super) fn write_table<S: DmaSpace>(
     memory: &DmaRegion<S>,
     offset: usize,
@@ -315,8 +322,8 @@ pub(super) fn write_table<S: DmaSpace>(
 }
 
 /// Two 64-bit stores, not sixteen of a byte.
+#[inline]
 fn write_descriptor<S: DmaSpace>(memory: &DmaRegion<S>, offset: usize, descriptor: Descriptor) {
     let [low, high]: [zerocopy::little_endian::U64; 2] = zerocopy::transmute!(descriptor);
-    memory.write_u64(offset, low.get());
-    memory.write_u64(offset + 8, high.get());
+    memory.write_u64s(offset, [low.get(), high.get()]);
 }
