@@ -4,6 +4,7 @@
 use super::{AdaptiveSpin, LaneThread, Stopped, ThreadCounters, ThreadOptions, lock};
 use crate::event::EventFd;
 use crate::virtio::device::DeviceEvents;
+use crate::virtio::queue::Fault;
 use crate::worker::{Interest, Progress, Worker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::hint::spin_loop;
@@ -231,6 +232,25 @@ struct Driver {
     idle: Idle,
     /// The last lane, once it has stopped.
     last: Vec<Lane>,
+}
+
+impl Drop for Driver {
+    /// A thread that ends before its lanes have stopped, by a panic or because
+    /// it cannot wait, leaves nobody waiting for ever: the drivers are told.
+    fn drop(&mut self) {
+        let orders = {
+            let mut desk = lock(&self.shared.desk);
+            desk.closed = true;
+            std::mem::take(&mut desk.orders)
+        };
+        let starting = orders.into_iter().filter_map(|order| match order {
+            Order::Start(lane) => Some(lane),
+            Order::Stop(_) => None,
+        });
+        for lane in self.lanes.drain(..).chain(starting) {
+            lane.events.needs_reset(lane.number, Fault::Abandoned);
+        }
+    }
 }
 
 impl Driver {

@@ -426,6 +426,17 @@ mod tests {
         }
     }
 
+    /// Notes which lanes were said to be broken, and how.
+    #[derive(Debug, Default)]
+    struct Told(Mutex<Vec<(u16, Fault)>>);
+
+    impl DeviceEvents for Told {
+        fn config_changed(&self) {}
+        fn needs_reset(&self, lane: u16, fault: Fault) {
+            lock(&self.0).push((lane, fault));
+        }
+    }
+
     #[test]
     fn lanes_of_a_thread_that_died_are_gone_and_can_start_again() {
         let options = ThreadOptions {
@@ -434,12 +445,14 @@ mod tests {
         };
         let mut threads = Threads::new("died", options);
         let done = Arc::new(EventFd::new().unwrap());
-        threads
-            .start(0, Box::new(Broken), Arc::new(Nobody))
-            .unwrap();
-        threads.start(1, idle(&done), Arc::new(Nobody)).unwrap();
+        let told = Arc::new(Told::default());
+        threads.start(0, Box::new(Broken), told.clone()).unwrap();
+        threads.start(1, idle(&done), told.clone()).unwrap();
         assert!(!stop(&mut threads, 0));
         assert!(!stop(&mut threads, 1), "it shared the thread");
+        let mut said = std::mem::take(&mut *lock(&told.0));
+        said.sort_by_key(|(lane, _)| *lane);
+        assert_eq!(said, [(0, Fault::Abandoned), (1, Fault::Abandoned)]);
         threads.start(1, idle(&done), Arc::new(Nobody)).unwrap();
         done.notify();
         assert!(stop(&mut threads, 1));

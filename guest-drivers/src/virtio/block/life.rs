@@ -309,14 +309,27 @@ impl<T: Transport> Block<T> {
             }
         }
         self.set_config_vector()?;
-        for queue in &mut *queues {
-            let queue = queue.borrow_mut();
-            self.set_queue_vector(queue.index())?;
-            queue.limits = self.limits;
-            queue.queue.restart(&mut self.transport);
-        }
-        init::driver_ok(&mut self.transport)
+        let restarted = queues
+            .iter_mut()
+            .try_for_each(|queue| self.restart(queue.borrow_mut()));
+        restarted
+            .and_then(|()| init::driver_ok(&mut self.transport))
             .inspect_err(|_| self.abandon(queues.iter_mut().map(BorrowMut::borrow_mut)))
+    }
+
+    /// Starts a queue again that was reclaimed.
+    fn restart<B: DmaBufMut, S: DmaSpace<Addr = u64>>(
+        &mut self,
+        queue: &mut QueueOf<B, S, T>,
+    ) -> Result<(), InitError> {
+        // A reset takes the vector away; of one queue, with some devices.
+        self.set_queue_vector(queue.index())?;
+        queue.limits = self.limits;
+        if queue.queue.restart(&mut self.transport) {
+            Ok(())
+        } else {
+            Err(InitError::ForeignQueue)
+        }
     }
 
     /// Resets one queue and starts it again, while the rest of the device goes
@@ -349,10 +362,7 @@ impl<T: Transport> Block<T> {
         if !queue.reclaim(&proof, each) {
             return Err(InitError::ForeignQueue);
         }
-        // Some devices take the vector away with the queue.
-        self.set_queue_vector(index)?;
-        queue.queue.restart(&mut self.transport);
-        Ok(())
+        self.restart(queue)
     }
 
     /// Stops the device for good: outstanding requests come back through

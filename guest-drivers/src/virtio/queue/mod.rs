@@ -523,12 +523,17 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
     }
 
     /// Empties the rings of a reclaimed queue, and tells the device about it
-    /// again.
-    pub(crate) fn restart<T: Transport>(&mut self, transport: &mut T) {
+    /// again. `false`, and nothing happens, if it was not reclaimed, or belongs
+    /// to another device: that one may still use it.
+    pub(crate) fn restart<T: Transport>(&mut self, transport: &mut T) -> bool {
+        if !self.quiesced || !self.is_of(transport) {
+            return false;
+        }
         self.shared.ring.restart();
         self.batch = None;
         self.state = State::Live;
         self.expose(transport);
+        true
     }
 }
 

@@ -425,17 +425,20 @@ impl Worker for BlockWorker {
             }
         }
         let mut fault = None;
+        // Before anything is written: memory that was taken away is not ours.
+        if !self.broken
+            && let Err(error) = self.queue.refresh()
+        {
+            fault = Some(error);
+            self.broken = true;
+        }
         let mut worked = self.reap();
         if !self.broken {
-            if let Err(error) = self.queue.refresh() {
-                fault = Some(error);
-            } else {
-                worked |= self.go_on();
-                if !self.stopping {
-                    match self.fetch(budget) {
-                        Ok(count) => worked |= count > 0,
-                        Err(error) => fault = Some(error),
-                    }
+            worked |= self.go_on();
+            if !self.stopping {
+                match self.fetch(budget) {
+                    Ok(count) => worked |= count > 0,
+                    Err(error) => fault = Some(error),
                 }
             }
             // What was served before a fault is still answered.

@@ -122,4 +122,8 @@ pub enum Fault {
     /// longer write to it.
     #[error("the rings are no longer in guest memory")]
     RingGone,
+    /// The thread that served the queue has ended: a fault of the host's, of
+    /// which the driver has to hear all the same.
+    #[error("the thread that served the queue has ended")]
+    Abandoned,
 }

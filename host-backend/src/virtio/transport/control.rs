@@ -16,6 +16,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a driver that resets the device waits at the most, if the lanes do
+/// not stop. After that it has to look itself.
+const RESET_PATIENCE: Duration = Duration::from_millis(10);
 
 /// How a transport interrupts the driver.
 pub trait TransportSignals: Send + Sync + fmt::Debug {
@@ -544,6 +550,20 @@ impl<S: TransportSignals + 'static> Control<S> {
             *running = true;
         }
         Ok(())
+    }
+
+    /// Waits a little for a reset that the driver asked for: some drivers do
+    /// not look whether it is over, and a device that is not busy needs only
+    /// the time in which its threads wake up.
+    pub fn wait_for_reset(&mut self) {
+        let end = Instant::now() + RESET_PATIENCE;
+        loop {
+            self.finish_reset();
+            if !self.resetting || Instant::now() >= end {
+                return;
+            }
+            thread::sleep(Duration::from_micros(50));
+        }
     }
 
     fn begin_reset(&mut self) {

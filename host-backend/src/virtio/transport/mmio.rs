@@ -172,6 +172,7 @@ impl MmioTransport {
                 let status = DeviceStatus::from_bits_retain(value as u8);
                 self.control.set_status(status);
                 if status.is_empty() {
+                    self.control.wait_for_reset();
                     self.device_features_sel = 0;
                     self.driver_features_sel = 0;
                     self.queue_sel = 0;
