@@ -2,11 +2,11 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Events, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport, read_field,
+    Events, Field, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport,
+    read_field, wait_zero, write_field,
 };
 use crate::doorbell::{Doorbell, Position};
 use crate::register::Registers;
-use core::hint::spin_loop;
 use pvkit_protocol::virtio::mmio::{self, InterruptStatus};
 use pvkit_protocol::virtio::{DeviceStatus, Features, device_id};
 use thiserror::Error;
@@ -97,22 +97,6 @@ impl<R: Registers> MmioTransport<R> {
         self.registers.write_u32(low, value as u32);
         self.registers.write_u32(high, (value >> 32) as u32);
     }
-
-    /// Reads `register` until it is 0.
-    fn wait_zero(&self, register: usize) -> Result<(), ResetTimeout> {
-        let mut value = 0;
-        for _ in 0..self.reset_reads {
-            value = self.registers.read_u32(register);
-            if value == 0 {
-                return Ok(());
-            }
-            spin_loop();
-        }
-        Err(ResetTimeout {
-            status: value as u8,
-            reads: self.reset_reads,
-        })
-    }
 }
 
 // SAFETY: a device that follows virtio lets go of all its queues before its
@@ -137,7 +121,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
 
     fn reset(&mut self) -> Result<Quiesced, ResetTimeout> {
         self.registers.write_u32(mmio::STATUS, 0);
-        self.wait_zero(mmio::STATUS)?;
+        wait_zero(self.reset_reads, || self.registers.read_u32(mmio::STATUS))?;
         // SAFETY: the status reads 0: the reset is over.
         Ok(unsafe { self.lives.over() })
     }
@@ -145,7 +129,9 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
     fn reset_queue(&mut self, queue: u16) -> Result<Quiesced, ResetTimeout> {
         self.select(queue);
         self.registers.write_u32(mmio::QUEUE_RESET, 1);
-        self.wait_zero(mmio::QUEUE_RESET)?;
+        wait_zero(self.reset_reads, || {
+            self.registers.read_u32(mmio::QUEUE_RESET)
+        })?;
         // SAFETY: the register reads 0: the queue's reset is over.
         Ok(unsafe { self.lives.queue_over(queue) })
     }
@@ -190,18 +176,15 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        let start = mmio::CONFIG.saturating_add(offset);
-        match *data {
-            [a, b] => self.registers.write_u16(start, u16::from_le_bytes([a, b])),
-            [a, b, c, d] => self
-                .registers
-                .write_u32(start, u32::from_le_bytes([a, b, c, d])),
-            _ => {
-                for (index, byte) in data.iter().enumerate() {
-                    self.registers.write_u8(start.saturating_add(index), *byte);
-                }
-            }
-        }
+        write_field(
+            mmio::CONFIG.saturating_add(offset),
+            data,
+            |place, field| match field {
+                Field::U32(value) => self.registers.write_u32(place, value),
+                Field::U16(value) => self.registers.write_u16(place, value),
+                Field::U8(value) => self.registers.write_u8(place, value),
+            },
+        );
     }
 
     fn queue_max_size(&mut self, queue: u16) -> u32 {

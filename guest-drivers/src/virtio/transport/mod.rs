@@ -11,6 +11,7 @@ pub use mmio::{MmioDoorbell, MmioError, MmioTransport};
 pub use pci::{PciDoorbell, PciTransport, PciTransportError};
 
 use crate::doorbell::Doorbell;
+use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU32, Ordering};
 use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{DeviceStatus, Features};
@@ -304,6 +305,43 @@ fn read_field(offset: usize, out: &mut [u8], read: impl Fn(usize, usize) -> u32)
         rest = later;
         place = place.saturating_add(width);
     }
+}
+
+/// One access to configuration space.
+enum Field {
+    U8(u8),
+    U16(u16),
+    U32(u32),
+}
+
+/// Writes a field of configuration space with one access if there is one of
+/// its width, and byte by byte otherwise.
+fn write_field(offset: usize, data: &[u8], write: impl Fn(usize, Field)) {
+    match *data {
+        [a, b] => write(offset, Field::U16(u16::from_le_bytes([a, b]))),
+        [a, b, c, d] => write(offset, Field::U32(u32::from_le_bytes([a, b, c, d]))),
+        _ => {
+            for (index, byte) in data.iter().enumerate() {
+                write(offset.saturating_add(index), Field::U8(*byte));
+            }
+        }
+    }
+}
+
+/// Waits until `read` says 0, for at most so many reads.
+fn wait_zero(reads: u32, read: impl Fn() -> u32) -> Result<(), ResetTimeout> {
+    let mut value = 0;
+    for _ in 0..reads {
+        value = read();
+        if value == 0 {
+            return Ok(());
+        }
+        spin_loop();
+    }
+    Err(ResetTimeout {
+        status: value as u8,
+        reads,
+    })
 }
 
 #[cfg(test)]

@@ -6,13 +6,12 @@ mod find;
 pub use find::PciTransportError;
 
 use super::{
-    Events, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport, VectorError,
-    read_field,
+    Events, Field, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport,
+    VectorError, read_field, wait_zero, write_field,
 };
 use crate::doorbell::{Doorbell, Position};
 use crate::pci::Msix;
 use crate::register::Registers;
-use core::hint::spin_loop;
 use find::Structure;
 use pvkit_protocol::pci::msix;
 use pvkit_protocol::virtio::pci::{IsrStatus, NO_VECTOR, common};
@@ -155,22 +154,6 @@ impl<R: Registers> PciTransport<R> {
         self.notify.place(offset, bytes)
     }
 
-    /// Reads until `read` says 0.
-    fn wait_zero(&self, read: impl Fn(&Structure<R>) -> u16) -> Result<(), ResetTimeout> {
-        let mut value = 0;
-        for _ in 0..self.reset_reads {
-            value = read(&self.common);
-            if value == 0 {
-                return Ok(());
-            }
-            spin_loop();
-        }
-        Err(ResetTimeout {
-            status: value as u8,
-            reads: self.reset_reads,
-        })
-    }
-
     /// The events of a configuration change.
     fn config_events(&self) -> Events {
         let mut events = Events::CONFIG;
@@ -235,7 +218,9 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
 
     fn reset(&mut self) -> Result<Quiesced, ResetTimeout> {
         self.common.write_u8(common::DEVICE_STATUS, 0);
-        self.wait_zero(|common| u16::from(common.read_u8(common::DEVICE_STATUS)))?;
+        wait_zero(self.reset_reads, || {
+            u32::from(self.common.read_u8(common::DEVICE_STATUS))
+        })?;
         if let Some(messages) = &mut self.messages {
             // A reset takes all vectors away (§4.1.5.1.2).
             *messages = MessageVectors::NONE;
@@ -254,7 +239,9 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
             });
         }
         self.common.write_u16(common::QUEUE_RESET, 1);
-        self.wait_zero(|common| common.read_u16(common::QUEUE_RESET))?;
+        wait_zero(self.reset_reads, || {
+            u32::from(self.common.read_u16(common::QUEUE_RESET))
+        })?;
         // SAFETY: the field reads 0: the queue's reset is over.
         Ok(unsafe { self.lives.queue_over(queue) })
     }
@@ -304,15 +291,11 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
         let Some(device) = &self.device else {
             return;
         };
-        match *data {
-            [a, b] => device.write_u16(offset, u16::from_le_bytes([a, b])),
-            [a, b, c, d] => device.write_u32(offset, u32::from_le_bytes([a, b, c, d])),
-            _ => {
-                for (index, byte) in data.iter().enumerate() {
-                    device.write_u8(offset.saturating_add(index), *byte);
-                }
-            }
-        }
+        write_field(offset, data, |place, field| match field {
+            Field::U32(value) => device.write_u32(place, value),
+            Field::U16(value) => device.write_u16(place, value),
+            Field::U8(value) => device.write_u8(place, value),
+        });
     }
 
     fn queue_max_size(&mut self, queue: u16) -> u32 {

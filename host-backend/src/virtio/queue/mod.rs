@@ -12,6 +12,7 @@ mod order;
 mod packed;
 mod ring;
 mod split;
+mod table;
 
 pub use chain::Chain;
 pub use fault::Fault;

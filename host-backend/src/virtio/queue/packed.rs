@@ -3,6 +3,7 @@
 
 use super::chain::Range;
 use super::ring::Name;
+use super::table::Table;
 use super::{Chain, Fault, QueueAddresses, QueueError, QueueState};
 use crate::memory::{Access, Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
@@ -13,7 +14,6 @@ use pvkit_protocol::virtio::packed::{
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use zerocopy::little_endian::U64;
-use zerocopy::{FromZeros, IntoBytes};
 
 const DESCRIPTOR_BYTES: usize = size_of::<PackedDescriptor>();
 /// Offset of `len` in a descriptor; `id` and `flags` follow in the same word.
@@ -41,7 +41,7 @@ pub(super) struct PackedRing {
     /// Most descriptors of a chain.
     longest: u16,
     /// Copy of the indirect table that is being walked.
-    table: Vec<PackedDescriptor>,
+    table: Table<PackedDescriptor>,
     /// By tag: a driver may name two chains alike, so the device has names of
     /// its own.
     taken: Vec<Taken>,
@@ -114,7 +114,7 @@ impl PackedRing {
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
             longest,
-            table: vec![PackedDescriptor::new_zeroed(); usize::from(longest)],
+            table: Table::new(longest),
             taken: vec![Taken::default(); usize::from(size.get())],
             free_tags: (0..size.get()).rev().collect(),
             descriptors: 0,
@@ -228,19 +228,8 @@ impl PackedRing {
         descriptor: &PackedDescriptor,
         chain: &mut Chain,
     ) -> Result<(), Fault> {
-        let bytes = descriptor.len.get();
-        let addr = descriptor.addr.get();
-        let entries = bytes as usize / DESCRIPTOR_BYTES;
-        if entries == 0 || !(bytes as usize).is_multiple_of(DESCRIPTOR_BYTES) {
-            return Err(Fault::IndirectLen { head, bytes });
-        }
-        let table = self
-            .table
-            .get_mut(..entries)
-            .ok_or(Fault::IndirectLen { head, bytes })?;
-        self.snapshot
-            .read(addr, table.as_mut_bytes())
-            .map_err(|_| Fault::IndirectAddr { head, addr })?;
+        let (addr, bytes) = (descriptor.addr.get(), descriptor.len.get());
+        let table = self.table.copy(&self.snapshot, head, addr, bytes)?;
         for (index, descriptor) in (0..).zip(table) {
             // Of all flags only WRITE counts here, but a table in a table is
             // no slip of a driver.

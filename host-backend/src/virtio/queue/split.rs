@@ -3,6 +3,7 @@
 
 use super::chain::Range;
 use super::ring::Name;
+use super::table::Table;
 use super::{Chain, Fault, QueueAddresses, QueueError, QueueState};
 use crate::memory::{Access, Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
@@ -14,7 +15,6 @@ use pvkit_protocol::virtio::split::{
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use zerocopy::little_endian::U64;
-use zerocopy::{FromZeros, IntoBytes};
 
 const DESCRIPTOR_BYTES: usize = size_of::<Descriptor>();
 
@@ -30,7 +30,7 @@ pub(super) struct SplitRing {
     /// Most descriptors of a chain.
     longest: u16,
     /// Copy of the indirect table that is being walked.
-    table: Vec<Descriptor>,
+    table: Table<Descriptor>,
     /// Chains that the device has, by head.
     taken: Vec<bool>,
     in_flight: u16,
@@ -92,7 +92,7 @@ impl SplitRing {
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
             longest,
-            table: vec![Descriptor::new_zeroed(); usize::from(longest)],
+            table: Table::new(longest),
             taken: vec![false; usize::from(size.get())],
             in_flight: 0,
             next_avail: state.next_avail,
@@ -208,24 +208,13 @@ impl SplitRing {
         descriptor: &Descriptor,
         chain: &mut Chain,
     ) -> Result<(), Fault> {
-        let bytes = descriptor.len.get();
-        let addr = descriptor.addr.get();
-        let entries = bytes as usize / DESCRIPTOR_BYTES;
-        if entries == 0 || !(bytes as usize).is_multiple_of(DESCRIPTOR_BYTES) {
-            return Err(Fault::IndirectLen { head, bytes });
-        }
-        let table = self
-            .table
-            .get_mut(..entries)
-            .ok_or(Fault::IndirectLen { head, bytes })?;
-        self.snapshot
-            .read(addr, table.as_mut_bytes())
-            .map_err(|_| Fault::IndirectAddr { head, addr })?;
+        let (addr, bytes) = (descriptor.addr.get(), descriptor.len.get());
+        let table = self.table.copy(&self.snapshot, head, addr, bytes)?;
         // At most `longest` entries, so it fits 16 bits.
-        let size = entries as u16;
+        let size = table.len() as u16;
         let mut index = 0u16;
         loop {
-            let Some(&descriptor) = self.table.get(usize::from(index)) else {
+            let Some(descriptor) = table.get(usize::from(index)) else {
                 return Err(Fault::Next {
                     index,
                     next: index,
@@ -236,7 +225,7 @@ impl SplitRing {
             if flags.contains(DescriptorFlags::INDIRECT) {
                 return Err(Fault::Indirect { head, index });
             }
-            add(&descriptor, chain)?;
+            add(descriptor, chain)?;
             if !flags.contains(DescriptorFlags::NEXT) {
                 return Ok(());
             }
