@@ -98,14 +98,23 @@ pub struct Control<S> {
     events: Arc<Events<S>>,
     queues: Vec<QueueRegisters>,
     kicks: Vec<Arc<EventFd>>,
-    /// By lane: whether a worker was handed to the executor and not taken back.
-    running: Vec<bool>,
+    lanes: Vec<Phase>,
     driver_features: Features,
     status: DeviceStatus,
     /// The driver asked for a reset, and some lanes still run.
     resetting: bool,
-    /// By lane: the driver asked for a reset of its queue, and it still runs.
-    resetting_lane: Vec<bool>,
+}
+
+/// What a lane is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Phase {
+    /// There is no worker.
+    #[default]
+    Stopped,
+    /// A worker was handed to the executor, and not taken back.
+    Running,
+    /// So it was, and its queue is being reset by itself.
+    Stopping,
 }
 
 impl<S: TransportSignals + 'static> Control<S> {
@@ -146,8 +155,7 @@ impl<S: TransportSignals + 'static> Control<S> {
         });
         device.connect(events.clone());
         Ok(Self {
-            running: vec![false; identity.lanes.len()],
-            resetting_lane: vec![false; identity.lanes.len()],
+            lanes: vec![Phase::default(); identity.lanes.len()],
             queues: vec![QueueRegisters::default(); usize::from(queues)],
             device,
             identity,
@@ -299,7 +307,8 @@ impl<S: TransportSignals + 'static> Control<S> {
 
     /// Whether the driver has enabled a queue.
     #[must_use]
-    pub fn queue_ready(&self, queue: u32) -> bool {
+    pub fn queue_ready(&mut self, queue: u32) -> bool {
+        self.finish_queue_reset(queue);
         self.queues
             .get(queue as usize)
             .is_some_and(|queue| queue.ready)
@@ -431,47 +440,52 @@ impl<S: TransportSignals + 'static> Control<S> {
             let queues = self.identity.lanes.get(usize::from(*lane));
             queues.is_some_and(|queues| queues.len() == 1)
         });
-        let Some(lane) = lane.filter(|_| running && self.queue_ready(queue)) else {
+        let ready = self.queue_ready(queue);
+        let Some(lane) = lane.filter(|_| running && ready) else {
             log::debug!("virtio: queue {queue} cannot be stopped");
             return;
         };
-        let Some(resetting) = self.resetting_lane.get_mut(usize::from(lane)) else {
-            return;
-        };
-        if !std::mem::replace(resetting, true) && self.is_running(lane) {
-            self.executor.begin_stop(lane);
+        match self.phase(lane) {
+            Phase::Stopped => self.forget_queue(queue),
+            Phase::Running => {
+                self.set_phase(lane, Phase::Stopping);
+                self.executor.begin_stop(lane);
+                self.finish_queue_reset(queue);
+            }
+            Phase::Stopping => {}
         }
-        self.finish_queue_reset(queue);
     }
 
     /// Whether a reset of one queue is under way.
     pub fn queue_resetting(&mut self, queue: u32) -> bool {
         self.finish_queue_reset(queue);
-        self.lane_of(queue).is_some_and(|lane| {
-            let resetting = self.resetting_lane.get(usize::from(lane));
-            resetting.copied().unwrap_or(false)
-        })
+        let lane = self.lane_of(queue);
+        lane.is_some_and(|lane| self.phase(lane) == Phase::Stopping)
     }
 
-    fn is_running(&self, lane: u16) -> bool {
-        self.running.get(usize::from(lane)).copied() == Some(true)
+    fn phase(&self, lane: u16) -> Phase {
+        let phase = self.lanes.get(usize::from(lane)).copied();
+        phase.unwrap_or_default()
+    }
+
+    fn set_phase(&mut self, lane: u16, phase: Phase) {
+        if let Some(place) = self.lanes.get_mut(usize::from(lane)) {
+            *place = phase;
+        }
     }
 
     /// Completes the reset of a queue if its lane has stopped by now.
     fn finish_queue_reset(&mut self, queue: u32) {
-        let Some(lane) = self.lane_of(queue) else {
-            return;
-        };
-        let at = usize::from(lane);
-        if self.resetting_lane.get(at).copied() != Some(true) {
-            return;
+        if let Some(lane) = self.lane_of(queue)
+            && self.phase(lane) == Phase::Stopping
+            && self.take_stopped(lane)
+        {
+            self.forget_queue(queue);
         }
-        if self.is_running(lane) && !self.take_stopped(lane) {
-            return;
-        }
-        if let Some(resetting) = self.resetting_lane.get_mut(at) {
-            *resetting = false;
-        }
+    }
+
+    /// Leaves a queue as it is after its reset.
+    fn forget_queue(&mut self, queue: u32) {
         if let Some(registers) = self.queues.get_mut(queue as usize) {
             *registers = QueueRegisters {
                 was_reset: true,
@@ -488,9 +502,7 @@ impl<S: TransportSignals + 'static> Control<S> {
             Stopped::Worker(worker) => _ = self.device.stopped(lane, worker),
             Stopped::Gone => {}
         }
-        if let Some(running) = self.running.get_mut(usize::from(lane)) {
-            *running = false;
-        }
+        self.set_phase(lane, Phase::Stopped);
         true
     }
 
@@ -546,9 +558,7 @@ impl<S: TransportSignals + 'static> Control<S> {
             .device
             .start(lane, resources, self.driver_features, None)?;
         self.executor.start(lane, worker, self.events.clone())?;
-        if let Some(running) = self.running.get_mut(index) {
-            *running = true;
-        }
+        self.set_phase(lane, Phase::Running);
         Ok(())
     }
 
@@ -569,13 +579,10 @@ impl<S: TransportSignals + 'static> Control<S> {
     fn begin_reset(&mut self) {
         if !self.resetting {
             self.resetting = true;
-            for (lane, _) in self
-                .running
-                .iter()
-                .enumerate()
-                .filter(|(_, running)| **running)
-            {
-                self.executor.begin_stop(lane as u16);
+            for lane in 0..self.lanes.len() as u16 {
+                if self.phase(lane) != Phase::Stopped {
+                    self.executor.begin_stop(lane);
+                }
             }
         }
         self.finish_reset();
@@ -586,8 +593,8 @@ impl<S: TransportSignals + 'static> Control<S> {
         if !self.resetting {
             return;
         }
-        for lane in 0..self.identity.lanes.len() as u16 {
-            if self.is_running(lane) && !self.take_stopped(lane) {
+        for lane in 0..self.lanes.len() as u16 {
+            if self.phase(lane) != Phase::Stopped && !self.take_stopped(lane) {
                 return;
             }
         }
@@ -595,7 +602,6 @@ impl<S: TransportSignals + 'static> Control<S> {
         self.events.needs_reset.store(false, Ordering::Release);
         self.events.signals.reset();
         self.queues.fill(QueueRegisters::default());
-        self.resetting_lane.fill(false);
         self.driver_features = Features::empty();
         self.status = DeviceStatus::empty();
         self.resetting = false;

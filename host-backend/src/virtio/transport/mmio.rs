@@ -119,11 +119,7 @@ impl MmioTransport {
                 .features
                 .window(self.device_features_sel),
             mmio::QUEUE_SIZE_MAX => self.control.queue_size_max(self.queue_sel),
-            mmio::QUEUE_READY => {
-                // A queue that is being disabled may have stopped by now.
-                self.control.queue_resetting(self.queue_sel);
-                u32::from(self.control.queue_ready(self.queue_sel))
-            }
+            mmio::QUEUE_READY => u32::from(self.control.queue_ready(self.queue_sel)),
             mmio::QUEUE_RESET => u32::from(self.control.queue_resetting(self.queue_sel)),
             mmio::INTERRUPT_STATUS => self.signals.status.load(Ordering::Acquire),
             mmio::STATUS => u32::from(self.control.status().bits()),
