@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::Parser;
+use pvkit_host::one_line;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -9,23 +10,8 @@ fn main() -> ExitCode {
     match pvkit_bench::run::run(&pvkit_bench::cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("pvkit-bench: {}", line(&error));
+            eprintln!("pvkit-bench: {}", one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error and its causes, in one line. Many errors name their cause
-/// themselves; it is not said twice.
-fn line(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |text, cause| {
-        let cause = cause.to_string();
-        if text.contains(&cause) {
-            text
-        } else if text.is_empty() {
-            cause
-        } else {
-            format!("{text}: {cause}")
-        }
-    })
 }

@@ -88,4 +88,7 @@ pub mod virtio;
 pub mod vmm;
 pub mod worker;
 
+mod message;
 mod sync;
+
+pub use message::one_line;

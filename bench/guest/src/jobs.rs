@@ -22,9 +22,7 @@ use pvkit_guest::virtio::transport::{MmioTransport, Transport};
 use pvkit_protocol::emulated::ata::PRIMARY;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::mmio::QUEUE_NOTIFY;
-use pvkit_workload::report::{
-    Header, JobReport, MAGIC, OUTCOME_FAILED, OUTCOME_OK, Sample, samples_offset,
-};
+use pvkit_workload::report::{Header, JobReport, MAGIC, OUTCOME_FAILED, Sample, samples_offset};
 use pvkit_workload::run::{Counts, Machine, Outcome, Target, run};
 use pvkit_workload::script::{Completion, Device, Driver, Job, MARK_PORT, Mark};
 use zerocopy::little_endian::U32;
@@ -66,7 +64,10 @@ pub(crate) fn run_all(
         };
         match guest.run_job(job, number as u32, room) {
             Ok((outcome, features)) => {
-                fill(&mut report, &outcome, features);
+                report.start.set(outcome.start);
+                report.end.set(outcome.end);
+                report.samples.set(outcome.samples as u64);
+                report.set_counts(&outcome, features);
                 first_sample += outcome.samples;
             }
             Err(message) => {
@@ -86,31 +87,6 @@ pub(crate) fn run_all(
         let _ = writeln!(Console, "job {number} done");
         ports.write_u32(MARK_PORT, Mark::Done(number as u32).encode());
     }
-}
-
-fn fill(report: &mut JobReport, outcome: &Outcome, features: Features) {
-    let Outcome {
-        start,
-        end,
-        requests,
-        counts,
-        samples,
-        verified_bytes,
-    } = *outcome;
-    report.outcome.set(OUTCOME_OK);
-    report.start.set(start);
-    report.end.set(end);
-    report.requests.set(requests);
-    report.kicks.set(counts.kicks);
-    report.interrupts.set(counts.interrupts);
-    report.halts.set(counts.halts);
-    report.mmio_reads.set(counts.mmio_reads);
-    report.mmio_writes.set(counts.mmio_writes);
-    report.port_reads.set(counts.port_reads);
-    report.port_writes.set(counts.port_writes);
-    report.verified_bytes.set(verified_bytes);
-    report.features.set(features.bits());
-    report.samples.set(samples as u64);
 }
 
 struct Guest<'a> {

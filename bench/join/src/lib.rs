@@ -64,6 +64,18 @@ pub enum Kind {
     PciIntx,
 }
 
+impl Kind {
+    /// The kind of a test program: one whose name ends in `_pci` is the same
+    /// as another over virtio-pci.
+    #[must_use]
+    pub const fn of_program(name: &str) -> Self {
+        match name.as_bytes() {
+            [.., b'_', b'p', b'c', b'i'] => Self::Pci,
+            _ => Self::Mmio,
+        }
+    }
+}
+
 /// A virtio block device, ready for a driver.
 #[derive(Debug)]
 pub struct Join {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{KIND, RecordingDisk, assert_nothing_leaks, pair, pattern};
+use common::{KIND, RecordingDisk, assert_nothing_leaks, pair, pattern, rings};
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue, Reason};
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_guest::virtio::init::InitError;
@@ -12,20 +12,13 @@ use pvkit_join::Join;
 use pvkit_protocol::virtio::Features;
 use std::sync::Arc;
 
-fn rings() -> impl Iterator<Item = DeviceOptions> {
-    (0..16).map(|bits| DeviceOptions {
-        packed: bits & 1 != 0,
-        in_order: bits & 2 != 0,
-        indirect: bits & 4 != 0,
-        event_idx: bits & 8 != 0,
-        queue_size: 32,
-        ..DeviceOptions::default()
-    })
-}
-
 #[test]
 fn a_queue_is_reset_with_requests_everywhere() {
     for device in rings() {
+        let device = DeviceOptions {
+            queue_size: 32,
+            ..device
+        };
         let disk = RecordingDisk::new(64);
         let (join, steps) = Join::stepped(KIND, Arc::new(disk.clone()), device.clone(), 8 << 20);
         let transport = join.transport().with_reset_reads(10);

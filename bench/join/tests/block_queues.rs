@@ -59,14 +59,7 @@ fn many(device: DeviceOptions) -> Many {
 }
 
 fn rings(queues: u16) -> impl Iterator<Item = DeviceOptions> {
-    (0..16).map(move |bits| DeviceOptions {
-        queues,
-        packed: bits & 1 != 0,
-        in_order: bits & 2 != 0,
-        indirect: bits & 4 != 0,
-        event_idx: bits & 8 != 0,
-        ..DeviceOptions::default()
-    })
+    common::rings().map(move |ring| DeviceOptions { queues, ..ring })
 }
 
 fn submit(queue: &mut Queue, first: u64, count: u64) {

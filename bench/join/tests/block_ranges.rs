@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{DirectQueue as Queue, KIND, Pair, RecordingDisk, Transport, pair_on, pattern};
+use common::{DirectQueue as Queue, KIND, Pair, RecordingDisk, Transport, pair_on, pattern, rings};
 use pvkit_guest::block::{
     BlockError, BlockOp, BlockQueue, LIFETIME_BYTES, Lifetime, RangeLimits, Reason, Topology,
     ZeroesLimits,
@@ -15,17 +15,6 @@ use pvkit_join::Join;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::block::BlockFeatures;
 use std::sync::Arc;
-
-/// Every combination of what changes a ring.
-fn rings() -> impl Iterator<Item = DeviceOptions> {
-    (0..16).map(|bits| DeviceOptions {
-        packed: bits & 1 != 0,
-        in_order: bits & 2 != 0,
-        indirect: bits & 4 != 0,
-        event_idx: bits & 8 != 0,
-        ..DeviceOptions::default()
-    })
-}
 
 fn disk() -> MemoryDisk {
     MemoryDisk::from_bytes(pattern(0, 256 * 512))

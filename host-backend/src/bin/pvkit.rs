@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use pvkit_host::disk::{Disk, FileDisk, FileOptions};
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
+use pvkit_host::one_line;
 use pvkit_host::virtio::block::{Block, BlockOptions, MAX_QUEUES};
 use pvkit_host::virtio::transport::PciOptions;
 use pvkit_host::vmm::{ExitCounts, Stop, Vm, VmOptions};
@@ -201,25 +202,10 @@ fn main() -> ExitCode {
     match start(&run) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pvkit: {}", line(&error));
+            eprintln!("pvkit: {}", one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error and its causes, in one line. Many errors name their cause
-/// themselves; it is not said twice.
-fn line(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |text, cause| {
-        let cause = cause.to_string();
-        if text.contains(&cause) {
-            text
-        } else if text.is_empty() {
-            cause
-        } else {
-            format!("{text}: {cause}")
-        }
-    })
 }
 
 /// Reads a file; of one that is larger than the guest's memory, just enough to
@@ -331,9 +317,9 @@ fn start(run: &Run) -> Result<ExitCode> {
                 stopper.stop();
             })?;
     }
-    let (exits, footprint) = (vm.exits(), vm.footprint());
+    let stats = run.stats.then(|| (vm.exits(), vm.footprint()));
     let stop = vm.run()?;
-    if run.stats {
+    if let Some((exits, footprint)) = stats {
         print_stats(&exits.read(), footprint.at_stop());
     }
     match stop {

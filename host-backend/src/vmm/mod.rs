@@ -135,7 +135,7 @@ pub struct Vm {
     mmio: Bus,
     mmio_places: Vec<MmioPlace>,
     exits: Arc<ExitCounters>,
-    footprint: Footprint,
+    footprint: Option<Footprint>,
     power: Arc<Power>,
     entry: Option<u64>,
     threads: VmThreads,
@@ -191,7 +191,6 @@ impl Vm {
         let fd = Arc::new(kvm.create_vm().map_err(call("create a machine"))?);
         let map = ram::allocate(options.memory_bytes)?;
         vcpu::set_up_machine(&fd, &map)?;
-        let footprint = Footprint::new(&map);
         let map = Arc::new(map);
         let memory = GuestMemory::new(map.clone()).map_err(|error| VmError::Memory {
             bytes: options.memory_bytes,
@@ -210,7 +209,7 @@ impl Vm {
             mmio: Bus::new(Space::Memory),
             mmio_places: Vec::new(),
             exits: Arc::default(),
-            footprint,
+            footprint: None,
             power: power.clone(),
             entry: None,
             threads: VmThreads::default(),
@@ -250,10 +249,13 @@ impl Vm {
         self.threads.clone()
     }
 
-    /// What the machine costs the host in memory, besides the guest's RAM.
+    /// What the machine costs the host in memory, besides the guest's RAM. Only
+    /// a machine that was asked looks when it stops: that takes a while.
     #[must_use]
-    pub fn footprint(&self) -> Footprint {
-        self.footprint.clone()
+    pub fn footprint(&mut self) -> Footprint {
+        self.footprint
+            .get_or_insert_with(|| Footprint::new(&self.map))
+            .clone()
     }
 
     /// A clone of this handle on guest memory as `vm-memory` knows it.
@@ -528,7 +530,9 @@ impl Vm {
             }
         }
         let stop = power.wait();
-        self.footprint.record();
+        if let Some(footprint) = &self.footprint {
+            footprint.record();
+        }
         VcpuThread::end(running);
         Ok(stop)
     }

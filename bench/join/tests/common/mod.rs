@@ -21,10 +21,18 @@ pub use pvkit_join::disk::{RecordingDisk, pattern};
 
 /// The transport of this test program: the one whose name ends in `_pci` is
 /// the same over virtio-pci.
-pub const KIND: Kind = match env!("CARGO_CRATE_NAME").as_bytes() {
-    [.., b'_', b'p', b'c', b'i'] => Kind::Pci,
-    _ => Kind::Mmio,
-};
+pub const KIND: Kind = Kind::of_program(env!("CARGO_CRATE_NAME"));
+
+/// A device of every ring format and ring feature.
+pub fn rings() -> impl Iterator<Item = DeviceOptions> {
+    (0..16).map(|bits| DeviceOptions {
+        packed: bits & 1 != 0,
+        in_order: bits & 2 != 0,
+        indirect: bits & 4 != 0,
+        event_idx: bits & 8 != 0,
+        ..DeviceOptions::default()
+    })
+}
 
 /// What the device can reach of the guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -27,10 +27,7 @@ use std::sync::Arc;
 
 /// The transport of this test program: the one whose name ends in `_pci` is
 /// the same over virtio-pci.
-const KIND: Kind = match env!("CARGO_CRATE_NAME").as_bytes() {
-    [.., b'_', b'p', b'c', b'i'] => Kind::Pci,
-    _ => Kind::Mmio,
-};
+const KIND: Kind = Kind::of_program(env!("CARGO_CRATE_NAME"));
 
 /// Sectors of the disks.
 const SECTORS: u64 = 64;

@@ -6,22 +6,17 @@
 #![forbid(unsafe_code)]
 
 use super::free::FreeList;
-use super::ring::{Part, Used};
+use super::ring::{PART_ALIGN, Part, Used, allocate, clear};
 use crate::barrier::{self, Order};
 use crate::dma::{DmaError, DmaRegion, DmaSpace};
 use crate::fault::Fault;
 use crate::storage::Storage;
 use crate::virtio::transport::QueueAddresses;
-use core::alloc::Layout;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::packed::{
     DESCRIPTOR_FLAGS, EVENT_BYTES, Event, PackedDescriptor, PackedFlags, PackedPosition, PackedSize,
 };
 use pvkit_protocol::virtio::split::QueueSize;
-
-/// Distance of the parts of the ring from each other: two cache lines, so that
-/// what the driver writes and what the device writes do not share one.
-const PART_ALIGN: usize = 128;
 
 const DESCRIPTOR_BYTES: usize = size_of::<PackedDescriptor>();
 /// Offset of `len` in a descriptor; `id` and `flags` follow in the same word.
@@ -80,14 +75,9 @@ impl<S: DmaSpace<Addr = u64>> PackedRing<S> {
         let driver_event = size.ring_bytes().next_multiple_of(PART_ALIGN);
         let device_event = driver_event + PART_ALIGN;
         let bytes = device_event + EVENT_BYTES;
-        let layout =
-            Layout::from_size_align(bytes, PART_ALIGN).map_err(|_| DmaError::OutOfMemory {
-                bytes,
-                align: PART_ALIGN,
-            })?;
         let in_order = features.contains(Features::IN_ORDER);
         let mut ring = Self {
-            memory: space.alloc(layout)?,
+            memory: allocate(space, bytes)?,
             queue_size,
             size,
             driver_event,
@@ -107,9 +97,7 @@ impl<S: DmaSpace<Addr = u64>> PackedRing<S> {
     }
 
     pub(super) fn restart(&mut self) {
-        for offset in (0..self.memory.bytes()).step_by(2) {
-            self.memory.write_u16(offset, 0);
-        }
+        clear(&self.memory);
         self.ids.restart();
         self.free = self.size.get();
         self.avail = PackedPosition::START;

@@ -9,6 +9,7 @@ use crate::dma::{DmaError, DmaRegion, DmaSpace};
 use crate::fault::Fault;
 use crate::storage::Storage;
 use crate::virtio::transport::QueueAddresses;
+use core::alloc::Layout;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::split::QueueSize;
 
@@ -30,6 +31,25 @@ pub(super) struct Used {
     /// without its write flag has a length that means nothing (virtio 1.3
     /// §2.8.5), though QEMU never sets the flag, and means it.
     pub(super) exact: bool,
+}
+
+/// Distance of the parts of a ring from each other: two cache lines, so that
+/// what the driver writes and what the device writes do not share one.
+pub(super) const PART_ALIGN: usize = 128;
+
+/// Memory for a ring of `bytes` bytes.
+pub(super) fn allocate<S: DmaSpace>(space: &S, bytes: usize) -> Result<DmaRegion<S>, DmaError> {
+    let align = PART_ALIGN;
+    let layout = Layout::from_size_align(bytes, align)
+        .map_err(|_| DmaError::OutOfMemory { bytes, align })?;
+    space.alloc(layout)
+}
+
+/// Fills a ring with zeros, as a device that was reset expects it.
+pub(super) fn clear<S: DmaSpace>(memory: &DmaRegion<S>) {
+    for offset in (0..memory.bytes()).step_by(2) {
+        memory.write_u16(offset, 0);
+    }
 }
 
 /// The ring format, chosen when the queue was made.

@@ -5,23 +5,18 @@
 #![forbid(unsafe_code)]
 
 use super::free::FreeList;
-use super::ring::{Part, Used};
+use super::ring::{PART_ALIGN, Part, Used, allocate, clear};
 use crate::barrier::{self, Order};
 use crate::dma::{DmaError, DmaRegion, DmaSpace};
 use crate::fault::Fault;
 use crate::storage::Storage;
 use crate::virtio::transport::QueueAddresses;
-use core::alloc::Layout;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::split::{
     AVAIL_F_NO_INTERRUPT, AVAIL_FLAGS, AVAIL_IDX, AVAIL_RING, Descriptor, DescriptorFlags,
     EVENT_REFRESH, QueueSize, USED_F_NO_NOTIFY, USED_FLAGS, USED_IDX, USED_RING, UsedElement,
     advance, far_event, need_event,
 };
-
-/// Distance of the parts of the ring from each other: two cache lines, so that
-/// what the driver writes and what the device writes do not share one.
-const PART_ALIGN: usize = 128;
 
 fn write_flags(writable: bool) -> DescriptorFlags {
     if writable {
@@ -64,14 +59,9 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         let avail = size.descriptor_bytes().next_multiple_of(PART_ALIGN);
         let used = (avail + size.avail_bytes()).next_multiple_of(PART_ALIGN);
         let bytes = used + size.used_bytes();
-        let layout =
-            Layout::from_size_align(bytes, PART_ALIGN).map_err(|_| DmaError::OutOfMemory {
-                bytes,
-                align: PART_ALIGN,
-            })?;
         let in_order = features.contains(Features::IN_ORDER);
         let mut ring = Self {
-            memory: space.alloc(layout)?,
+            memory: allocate(space, bytes)?,
             size,
             avail,
             used,
@@ -89,9 +79,7 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
     }
 
     pub(super) fn restart(&mut self) {
-        for offset in (0..self.memory.bytes()).step_by(2) {
-            self.memory.write_u16(offset, 0);
-        }
+        clear(&self.memory);
         self.free.restart();
         self.avail_idx = 0;
         self.published = 0;
