@@ -13,6 +13,8 @@
 //! - [`interrupt`] and [`doorbell`]: one bit of news in each direction.
 //! - [`block`]: the contract of every disk driver here, whatever the family:
 //!   submit, publish, complete, arm.
+//! - [`net`]: the contract of every network driver here: frames out, frames in,
+//!   and the work on them that one side leaves to the other.
 //! - [`virtio`]: virtio-blk on the split ring over virtio-mmio and virtio-pci.
 //! - [`pci`]: finding functions, giving them ports and memory, and interrupts
 //!   by message.
@@ -93,6 +95,7 @@ pub mod doorbell;
 pub mod emulated;
 pub mod fault;
 pub mod interrupt;
+pub mod net;
 pub mod pci;
 #[allow(unsafe_code)]
 pub mod register;

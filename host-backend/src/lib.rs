@@ -8,6 +8,7 @@
 //!
 //! - [`disk`]: what a disk really is: memory or a file; sectors in, sectors
 //!   out.
+//! - [`link`]: what a network card is plugged into; frames in, frames out.
 //! - [`memory`]: the guest's memory, never trusted, copied once; behind an
 //!   [`Iommu`](memory::Iommu), if devices are to reach only parts of it.
 //! - [`worker`]: the data plane of a device, driven by whoever links it; and
@@ -80,6 +81,7 @@ pub mod disk;
 pub mod emulated;
 pub mod event;
 pub mod executor;
+pub mod link;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod pci;

@@ -9,9 +9,11 @@
 //! - [`virtio`]: feature bits and device status, the [`split`](virtio::split)
 //!   ring, the registers of the [`mmio`](virtio::mmio) and
 //!   [`pci`](virtio::pci) transports, and one module per device
-//!   ([`block`](virtio::block)).
+//!   ([`block`](virtio::block), [`net`](virtio::net)).
 //! - [`emulated`]: the devices of old that a virtual machine is born with, such
 //!   as the [`ata`](emulated::ata) disk interface of a PIIX3 chip.
+//! - [`frame`]: what accompanies an Ethernet frame, whatever the device; and
+//!   [`inet`], as much of the Internet protocols as offloads need.
 //! - [`pci`]: configuration mechanism 1, the type 0 configuration header,
 //!   capabilities and MSI-X.
 //! - [`pvh`]: how a virtual machine monitor starts an ELF image.
@@ -24,6 +26,8 @@
 #![forbid(unsafe_code)]
 
 pub mod emulated;
+pub mod frame;
+pub mod inet;
 pub mod pci;
 pub mod pvh;
 pub mod virtio;

@@ -4,6 +4,7 @@
 pub mod block;
 pub mod feature;
 pub mod mmio;
+pub mod net;
 pub mod packed;
 pub mod pci;
 pub mod split;
