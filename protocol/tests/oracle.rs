@@ -7,6 +7,10 @@ use pvkit_protocol::virtio::block::{
     BlockConfig, BlockFeatures, Geometry, ID_BYTES, LIFETIME_BYTES, Lifetime, RANGE_BYTES,
     RangeFlags, RangeSegment, RequestHeader, RequestType, Topology, status,
 };
+use pvkit_protocol::virtio::net::{
+    self, ControlHeader, NetConfig, NetFeatures, NetHeader, NetHeaderFlags, NetStatus, ack,
+    announce, class, gso, guest_offloads, mac, mq, rx, vlan,
+};
 use pvkit_protocol::virtio::packed::{self, Event, PackedDescriptor, PackedFlags, PackedPosition};
 use pvkit_protocol::virtio::split::{self, Descriptor, DescriptorFlags, QueueSize, UsedElement};
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
@@ -14,9 +18,13 @@ use std::mem::{offset_of, size_of};
 use virtio_bindings::bindings::virtio_blk::{
     virtio_blk_config, virtio_blk_discard_write_zeroes, virtio_blk_outhdr,
 };
+use virtio_bindings::bindings::virtio_net::{
+    virtio_net_config, virtio_net_ctrl_hdr, virtio_net_hdr_v1,
+};
 use virtio_bindings::bindings::virtio_ring::{vring_desc, vring_used_elem};
 use virtio_bindings::{
-    virtio_blk as blk, virtio_config as cfg, virtio_mmio as reg, virtio_ring as ring,
+    virtio_blk as blk, virtio_config as cfg, virtio_mmio as reg, virtio_net as vnet,
+    virtio_ring as ring,
 };
 
 #[test]
@@ -231,6 +239,139 @@ fn mmio_registers() {
         reg::VIRTIO_MMIO_INT_CONFIG
     );
     assert_eq!(mmio::MAGIC.to_le_bytes(), *b"virt");
+}
+
+#[test]
+fn net_device() {
+    for (ours, theirs) in [
+        (NetFeatures::CSUM, vnet::VIRTIO_NET_F_CSUM),
+        (NetFeatures::GUEST_CSUM, vnet::VIRTIO_NET_F_GUEST_CSUM),
+        (
+            NetFeatures::CTRL_GUEST_OFFLOADS,
+            vnet::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+        ),
+        (NetFeatures::MTU, vnet::VIRTIO_NET_F_MTU),
+        (NetFeatures::MAC, vnet::VIRTIO_NET_F_MAC),
+        (NetFeatures::GUEST_TSO4, vnet::VIRTIO_NET_F_GUEST_TSO4),
+        (NetFeatures::GUEST_TSO6, vnet::VIRTIO_NET_F_GUEST_TSO6),
+        (NetFeatures::GUEST_ECN, vnet::VIRTIO_NET_F_GUEST_ECN),
+        (NetFeatures::GUEST_UFO, vnet::VIRTIO_NET_F_GUEST_UFO),
+        (NetFeatures::HOST_TSO4, vnet::VIRTIO_NET_F_HOST_TSO4),
+        (NetFeatures::HOST_TSO6, vnet::VIRTIO_NET_F_HOST_TSO6),
+        (NetFeatures::HOST_ECN, vnet::VIRTIO_NET_F_HOST_ECN),
+        (NetFeatures::HOST_UFO, vnet::VIRTIO_NET_F_HOST_UFO),
+        (NetFeatures::MRG_RXBUF, vnet::VIRTIO_NET_F_MRG_RXBUF),
+        (NetFeatures::STATUS, vnet::VIRTIO_NET_F_STATUS),
+        (NetFeatures::CTRL_VQ, vnet::VIRTIO_NET_F_CTRL_VQ),
+        (NetFeatures::CTRL_RX, vnet::VIRTIO_NET_F_CTRL_RX),
+        (NetFeatures::CTRL_VLAN, vnet::VIRTIO_NET_F_CTRL_VLAN),
+        (NetFeatures::CTRL_RX_EXTRA, vnet::VIRTIO_NET_F_CTRL_RX_EXTRA),
+        (
+            NetFeatures::GUEST_ANNOUNCE,
+            vnet::VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ),
+        (NetFeatures::MQ, vnet::VIRTIO_NET_F_MQ),
+        (NetFeatures::CTRL_MAC_ADDR, vnet::VIRTIO_NET_F_CTRL_MAC_ADDR),
+        (NetFeatures::GUEST_USO4, vnet::VIRTIO_NET_F_GUEST_USO4),
+        (NetFeatures::GUEST_USO6, vnet::VIRTIO_NET_F_GUEST_USO6),
+        (NetFeatures::HOST_USO, vnet::VIRTIO_NET_F_HOST_USO),
+        (NetFeatures::GUEST_HDRLEN, vnet::VIRTIO_NET_F_GUEST_HDRLEN),
+        (NetFeatures::SPEED_DUPLEX, vnet::VIRTIO_NET_F_SPEED_DUPLEX),
+    ] {
+        assert_eq!(ours.bits(), 1 << theirs, "{ours:?}");
+    }
+
+    // Theirs goes on behind ours, with what belongs to RSS.
+    assert!(net::CONFIG_BYTES <= size_of::<virtio_net_config>());
+    for (ours, theirs) in [
+        (
+            offset_of!(NetConfig, status),
+            offset_of!(virtio_net_config, status),
+        ),
+        (
+            offset_of!(NetConfig, max_virtqueue_pairs),
+            offset_of!(virtio_net_config, max_virtqueue_pairs),
+        ),
+        (
+            offset_of!(NetConfig, mtu),
+            offset_of!(virtio_net_config, mtu),
+        ),
+        (
+            offset_of!(NetConfig, speed),
+            offset_of!(virtio_net_config, speed),
+        ),
+        (
+            offset_of!(NetConfig, duplex),
+            offset_of!(virtio_net_config, duplex),
+        ),
+    ] {
+        assert_eq!(ours, theirs);
+    }
+    assert_eq!(
+        u32::from(NetStatus::LINK_UP.bits()),
+        vnet::VIRTIO_NET_S_LINK_UP
+    );
+    assert_eq!(
+        u32::from(NetStatus::ANNOUNCE.bits()),
+        vnet::VIRTIO_NET_S_ANNOUNCE
+    );
+
+    assert_eq!(net::HEADER_BYTES, size_of::<virtio_net_hdr_v1>());
+    assert_eq!(
+        offset_of!(NetHeader, gso_size),
+        offset_of!(virtio_net_hdr_v1, gso_size)
+    );
+    assert_eq!(
+        offset_of!(NetHeader, num_buffers),
+        offset_of!(virtio_net_hdr_v1, num_buffers)
+    );
+    for (ours, theirs) in [
+        (
+            NetHeaderFlags::NEEDS_CSUM.bits(),
+            vnet::VIRTIO_NET_HDR_F_NEEDS_CSUM,
+        ),
+        (
+            NetHeaderFlags::DATA_VALID.bits(),
+            vnet::VIRTIO_NET_HDR_F_DATA_VALID,
+        ),
+        (gso::NONE, vnet::VIRTIO_NET_HDR_GSO_NONE),
+        (gso::TCPV4, vnet::VIRTIO_NET_HDR_GSO_TCPV4),
+        (gso::UDP, vnet::VIRTIO_NET_HDR_GSO_UDP),
+        (gso::TCPV6, vnet::VIRTIO_NET_HDR_GSO_TCPV6),
+        (gso::UDP_L4, vnet::VIRTIO_NET_HDR_GSO_UDP_L4),
+        (gso::ECN, vnet::VIRTIO_NET_HDR_GSO_ECN),
+        (ack::OK, vnet::VIRTIO_NET_OK),
+        (ack::ERR, vnet::VIRTIO_NET_ERR),
+        (class::RX, vnet::VIRTIO_NET_CTRL_RX),
+        (rx::PROMISC, vnet::VIRTIO_NET_CTRL_RX_PROMISC),
+        (rx::ALLMULTI, vnet::VIRTIO_NET_CTRL_RX_ALLMULTI),
+        (rx::ALLUNI, vnet::VIRTIO_NET_CTRL_RX_ALLUNI),
+        (rx::NOMULTI, vnet::VIRTIO_NET_CTRL_RX_NOMULTI),
+        (rx::NOUNI, vnet::VIRTIO_NET_CTRL_RX_NOUNI),
+        (rx::NOBCAST, vnet::VIRTIO_NET_CTRL_RX_NOBCAST),
+        (class::MAC, vnet::VIRTIO_NET_CTRL_MAC),
+        (mac::TABLE_SET, vnet::VIRTIO_NET_CTRL_MAC_TABLE_SET),
+        (mac::ADDR_SET, vnet::VIRTIO_NET_CTRL_MAC_ADDR_SET),
+        (class::VLAN, vnet::VIRTIO_NET_CTRL_VLAN),
+        (vlan::ADD, vnet::VIRTIO_NET_CTRL_VLAN_ADD),
+        (vlan::DEL, vnet::VIRTIO_NET_CTRL_VLAN_DEL),
+        (class::ANNOUNCE, vnet::VIRTIO_NET_CTRL_ANNOUNCE),
+        (announce::ACK, vnet::VIRTIO_NET_CTRL_ANNOUNCE_ACK),
+        (class::MQ, vnet::VIRTIO_NET_CTRL_MQ),
+        (mq::VQ_PAIRS_SET, vnet::VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET),
+        (class::GUEST_OFFLOADS, vnet::VIRTIO_NET_CTRL_GUEST_OFFLOADS),
+        (
+            guest_offloads::SET,
+            vnet::VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET,
+        ),
+    ] {
+        assert_eq!(u32::from(ours), theirs);
+    }
+    assert_eq!(size_of::<ControlHeader>(), size_of::<virtio_net_ctrl_hdr>());
+    assert_eq!(
+        u32::from(net::MAX_PAIRS),
+        vnet::VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MAX
+    );
 }
 
 #[test]
