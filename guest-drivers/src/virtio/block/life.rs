@@ -157,6 +157,7 @@ impl<T: Transport> Block<T> {
                 max_segments: self.limits.max_segments,
                 max_segment_bytes: self.limits.max_segment_bytes,
                 trailer: 1,
+                inline: 0,
                 features: self.features,
             };
             let storage = storage(index, &shape).ok_or(QueueError::Absent { index })?;
