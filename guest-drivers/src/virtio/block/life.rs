@@ -108,8 +108,13 @@ impl<T: Transport> Block<T> {
     ) -> Opened<T, P> {
         let wanted = places.as_mut().len();
         let allow = supported(wanted) & (options.allow | Features::VERSION_1);
-        let (features, _) =
-            init::negotiate(&mut transport, device_id::BLOCK, allow, options.require)?;
+        let (features, _) = init::negotiate(
+            &mut transport,
+            device_id::BLOCK,
+            allow,
+            options.require,
+            |all| all,
+        )?;
         let mut block = Self {
             transport,
             features,
@@ -273,6 +278,7 @@ impl<T: Transport> Block<T> {
             device_id::BLOCK,
             self.allow,
             self.options.require,
+            |all| all,
         )?;
         if features != self.features {
             return Err(InitError::Changed {

@@ -289,7 +289,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
 
     /// Retires the queue because of a fault that is reported now.
     #[cold]
-    fn fail(&mut self, fault: Fault) -> Fault {
+    pub(crate) fn fail(&mut self, fault: Fault) -> Fault {
         self.counters.faults += 1;
         self.state = State::Retired;
         fault
@@ -321,7 +321,9 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             Some(request) if request.number < self.shown => request,
             _ => return Err(Fault::NotInFlight { id }),
         };
-        let len = if exact {
+        // Nothing depends on the length of what could not be written; there are
+        // devices that say instead how much they have read.
+        let len = if exact && request.writable != 0 {
             len
         } else {
             len.min(request.writable)
