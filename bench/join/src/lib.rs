@@ -18,6 +18,7 @@
 //!   them on threads of their own.
 //! - [`mod@conformance`] runs the same tests on every way in which both can come
 //!   together.
+//! - [`packets`] makes TCP and UDP packets, and checks what comes of them.
 //! - [`disk`] is a disk that holds requests back until it is told to go on.
 //! - [`hostile`] has a guest that writes what it likes, and a device that
 //!   lies.
@@ -36,6 +37,7 @@ pub mod hostile;
 pub mod ide;
 pub mod machine;
 pub mod net;
+pub mod packets;
 pub mod pci;
 #[allow(unsafe_code)]
 pub mod port;
