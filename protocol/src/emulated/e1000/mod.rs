@@ -7,7 +7,7 @@
 //! Linux's `e1000_hw.h` says what drivers look for.
 //!
 //! - [`register`]: where registers stand, and [`Ctrl`], [`Rctl`]
-//!  and other bits in them.
+//!   and other bits in them.
 //! - [`descriptor`]: what lies in the rings.
 //! - [`eeprom`]: words of the EEPROM, and the wires to it.
 //! - [`phy`]: registers behind MDIC.

@@ -209,7 +209,7 @@ pub mod statistic {
     }
 }
 
-/// Fields of [`EERD`](super::EERD) (SDM §13.4.4).
+/// Fields of [`EERD`] (SDM §13.4.4).
 pub mod eerd {
     /// Reads the word.
     pub const START: u32 = 1 << 0;
@@ -221,7 +221,7 @@ pub mod eerd {
     pub const DATA_SHIFT: u32 = 16;
 }
 
-/// Fields of [`TXDCTL`](super::TXDCTL) (SDM §13.4.43).
+/// Fields of [`TXDCTL`] (SDM §13.4.43).
 pub mod txdctl {
     /// Where the threshold stands below which the ring is low
     /// ([`Cause::TXD_LOW`](super::Cause::TXD_LOW)): 7 bits, in units of 8
@@ -233,8 +233,7 @@ pub mod txdctl {
     pub const GRAN: u32 = 1 << 24;
 }
 
-/// In [`RDTR`] and [`TIDV`]: the
-/// delayed interrupt comes now.
+/// In [`RDTR`] and [`TIDV`]: the delayed interrupt comes now.
 pub const FPD: u32 = 1 << 31;
 
 bitflags::bitflags! {
