@@ -336,6 +336,8 @@ struct Counts {
     mapped: AtomicUsize,
     /// Nothing more can be mapped.
     frozen: AtomicBool,
+    /// Buffers that cannot be unmapped, from now on.
+    stuck: AtomicUsize,
 }
 
 /// Memory that the chip reaches where it is, in pieces that end at multiples of
@@ -368,6 +370,11 @@ impl Space {
             self.counts.regions.load(Ordering::SeqCst),
             self.counts.mapped.load(Ordering::SeqCst),
         )
+    }
+
+    /// The next `count` buffers cannot be taken back.
+    pub(crate) fn keep(&self, count: usize) {
+        self.counts.stuck.store(count, Ordering::SeqCst);
     }
 
     /// Refuses to map anything, or lifts that.
@@ -425,6 +432,14 @@ unsafe impl DmaSpace for Space {
         _: &[Segment<u64>],
         _: usize,
     ) -> Result<(), StillShared> {
+        let stuck = &self.counts.stuck;
+        let less = |left: usize| left.checked_sub(1);
+        if stuck
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less)
+            .is_ok()
+        {
+            return Err(StillShared);
+        }
         self.counts.mapped.fetch_sub(1, Ordering::SeqCst);
         Ok(())
     }

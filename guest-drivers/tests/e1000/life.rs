@@ -243,6 +243,51 @@ fn closing_gives_everything_back_and_dropping_leaks_it() {
 }
 
 #[test]
+fn what_cannot_be_taken_back_is_left_out_or_replaced() {
+    let mut card = open(small());
+    for number in 0..3 {
+        send(&mut card, number);
+    }
+    card.tx.publish();
+    card.chip.transmit(3);
+    card.space.keep(2);
+    let back = card.tx.complete().unwrap().unwrap();
+    assert_eq!(back, buffer(&plain(2, 64)));
+    assert_eq!(card.tx.complete(), Ok(None));
+    let counters = card.tx.counters();
+    assert_eq!((counters.completed, counters.lost), (3, 2));
+    assert_eq!(card.tx.room(), 7);
+
+    assert!(card.chip.receive(&plain(0, 64)));
+    card.space.keep(1);
+    let fault = card.rx.recv().map(|_| ()).unwrap_err();
+    assert_eq!((fault, card.rx.counters().lost), (Fault::NeedsReset, 1));
+    let mut make = || Some(vec![0; 2048].into_boxed_slice());
+    assert_eq!(card.rx.restock(&mut make), 0, "the device has the others");
+    let recovered = card
+        .control
+        .recover(&mut card.tx, &mut card.rx, &mut |_| panic!());
+    assert_eq!(
+        recovered,
+        Err(E1000Error::Stock {
+            have: 15,
+            need: 16,
+            least: 2048
+        })
+    );
+    assert_eq!(card.rx.restock(&mut || None), 0);
+    assert_eq!(card.rx.restock(&mut make), 1);
+    card.control
+        .recover(&mut card.tx, &mut card.rx, &mut |_| panic!())
+        .unwrap();
+    assert_eq!(card.rx.restock(&mut make), 0);
+    for number in 0..20 {
+        assert!(card.chip.receive(&plain(number, 64)));
+        assert!(card.rx.recv().unwrap().is_some());
+    }
+}
+
+#[test]
 fn a_half_of_another_card_is_left_alone() {
     let (mut one, mut two) = (open(small()), open(small()));
     send(&mut two, 0);

@@ -47,7 +47,7 @@ pub struct ReceiveCounters {
     /// Register writes that asked for interrupts.
     pub mask_writes: u64,
     /// Buffers that could not be taken back from the device's reach, and are
-    /// leaked.
+    /// leaked: each is a [`Fault::NeedsReset`], for the ring has a hole then.
     pub lost: u64,
     /// Faults.
     pub faults: u64,
@@ -162,6 +162,24 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Rx<C, S, R> {
             self.counters.faults += 1;
             self.state = State::Faulty(fault);
         }
+    }
+
+    /// Replaces buffers that were [lost](ReceiveCounters::lost), when
+    /// [`recover`](super::E1000::recover) has reset the card and found that
+    /// some are missing; says how many. Does nothing in other states.
+    pub fn restock(&mut self, stock: &mut dyn FnMut() -> Option<C>) -> usize {
+        if self.state == State::Live || self.ring.filled() != 0 {
+            return 0;
+        }
+        let count = self.ring.size() as usize;
+        let places = self.stock.iter_mut().take(count);
+        places
+            .filter(|place| place.is_none())
+            .map(|place| {
+                *place = stock();
+                usize::from(place.is_some())
+            })
+            .sum()
     }
 
     /// With [`Masking::Never`], interrupts that were asked for once go on to
