@@ -296,3 +296,73 @@ fn an_interrupt_is_asked_for_once_or_after_each_claim() {
         assert_eq!(fault(&mut card), Fault::NeedsReset);
     }
 }
+
+/// Whatever a chip writes, nothing breaks, and all buffers are there at the
+/// end.
+#[test]
+fn a_chip_that_writes_anything_gets_its_buffers_taken_away_in_good_order() {
+    let mut random = 0x1234_5678_9abc_def1u64;
+    let mut draw = |below: u64| {
+        // Xorshift: the same at every run.
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % below
+    };
+    let mut faults = 0;
+    let mut frames = 0;
+    for _ in 0..300 {
+        let mut options = small();
+        options.buffer_bytes = 512;
+        options.receive_descriptors = 32;
+        let mut card = open(options);
+        for _ in 0..100 {
+            let length = [0, 13, 60, 512, 513][draw(5) as usize];
+            let length = if draw(50) == 0 {
+                0xffff
+            } else {
+                length.min(512)
+            };
+            let mut status = RxStatus::from_bits_retain(draw(256) as u8);
+            // Without it the ring stands still.
+            status.set(RxStatus::DD, draw(60) != 0);
+            let errors = match draw(3) {
+                0 => RxError::from_bits_retain(draw(256) as u8),
+                _ => RxError::empty(),
+            };
+            match draw(40) {
+                0 => card.chip.forge(draw(32) as u32, length, status, errors),
+                1..20 => drop(card.chip.put(&[], length, status, errors)),
+                20..30 => drop(card.chip.receive(&plain(0, 20 + draw(1400) as usize))),
+                30..35 => card.rx.publish(),
+                _ => drop(card.rx.arm()),
+            }
+            match card.rx.recv() {
+                Ok(Some(frame)) => {
+                    frames += 1;
+                    let pieces: usize = frame.pieces().map(<[u8]>::len).sum();
+                    assert_eq!(pieces, frame.bytes());
+                    assert!((14..=1518).contains(&pieces));
+                }
+                Ok(None) => {}
+                Err(_) => faults += 1,
+            }
+        }
+        if draw(2) == 0 {
+            card.control
+                .recover(&mut card.tx, &mut card.rx, &mut |_| {
+                    panic!("nothing was sent")
+                })
+                .unwrap();
+            assert!(card.chip.receive(&plain(9, 1000)));
+            assert_eq!(next(&mut card).unwrap().0, plain(9, 1000));
+        }
+        let mut stock = 0;
+        card.control
+            .close(card.tx, card.rx, &mut |_| {}, &mut |_| stock += 1)
+            .unwrap();
+        assert_eq!((stock, card.space.leaked()), (32, 0));
+        assert_eq!(card.space.live(), (0, 0));
+    }
+    assert!(faults > 50 && frames > 1000, "{faults} {frames}");
+}
