@@ -176,7 +176,13 @@ impl Shared {
 
     /// When to look next, if there is a reason to.
     fn deadline(&self) -> Option<Instant> {
-        (!self.state.is_up()).then(|| lock(&self.settings).next_look)
+        (!self.is_up()).then(|| lock(&self.settings).next_look)
+    }
+
+    /// Both are asked: the state may be told by one lane that looked before
+    /// another found that the interface is gone.
+    fn is_up(&self) -> bool {
+        self.state.is_up() && !self.is_gone()
     }
 
     /// Attaches to an interface that has the name again. The descriptors are
@@ -367,7 +373,7 @@ impl Link for Tap {
     }
 
     fn is_up(&self) -> bool {
-        self.0.state.is_up()
+        self.0.is_up()
     }
 
     fn connect(&self, events: Arc<dyn LinkEvents>) {
