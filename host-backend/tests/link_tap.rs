@@ -4,6 +4,8 @@
 mod common;
 #[path = "common/namespace.rs"]
 mod namespace;
+#[path = "common/scattered.rs"]
+mod scattered;
 
 use namespace::{address_of, delete, in_namespace, make, packets, set_address, set_mtu, set_up};
 use pvkit_host::event::is_readable;
@@ -236,6 +238,16 @@ fn large_frames_pass_through_whole() {
         assert_eq!(came.len(), 1);
         assert_eq!(came[0].1, frame);
         assert_eq!(came[0].0.meta(), Some(meta));
+        // From a guest's memory, in few pieces, and in more than one system
+        // call takes.
+        for piece in [4096, 50] {
+            let sent = scattered::send(&mut *lane, &frame, piece, meta);
+            assert_eq!(sent, Sent::Done);
+            let came = drain_packets(&raw, 6);
+            assert_eq!(came.len(), 1);
+            assert!(came[0].1 == frame);
+        }
+        assert_eq!(lane.counters().sent.get(), 3);
         let (datagrams, mut meta) = udp(address_of("tap0"), 9, &[7; 9000]);
         meta.segments = Some(Segmentation {
             kind: SegmentKind::Udp,
