@@ -192,7 +192,10 @@ impl PciFunction for E1000 {
             return;
         }
         let (words, _) = data.as_chunks::<4>();
-        for (at, word) in (offset..).step_by(4).zip(words) {
+        let mut next = offset;
+        for word in words {
+            let at = next;
+            next = at.wrapping_add(4);
             let value = u32::from_le_bytes(*word);
             match bar {
                 ids::MEMORY_BAR => {
