@@ -17,7 +17,7 @@ fn open(prepare: impl FnOnce(&mut NetDevice), options: NetOptions) -> InitError 
     prepare(&mut wire.device());
     let make = &mut || Some(vec![0u8; options.buffer_bytes]);
     let opened = Net::open_pairs(transport(&wire), arena.space(), options, make);
-    let error = opened.err().expect("a device that cannot be used");
+    let error = opened.expect_err("a device that cannot be used");
     assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "{error}");
     error
 }
@@ -158,7 +158,7 @@ fn a_device_that_does_not_become_ready() {
 
 #[test]
 fn a_device_that_asks_to_be_reset() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     scene.device().need_reset();
     assert!(scene.net.claim_events().contains(Events::NEEDS_RESET));
     scene.assert_recovers("reset", 0);
