@@ -1,7 +1,7 @@
 //! Lies in registers and in the configuration space.
 
-use super::{Scene, options};
-use pvkit_guest::net::{MacAddress, NetRx, NetTx};
+use super::{Scene, buffer, frame, options};
+use pvkit_guest::net::{FrameMeta, MacAddress, NetRx, NetTx};
 use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::net::{Net, NetOptions};
 use pvkit_guest::virtio::transport::Events;
@@ -227,4 +227,21 @@ fn one_queue_is_reset_by_itself() {
     let missing = scene.net.reset_receive(&mut scene.rx);
     assert!(matches!(missing, Err(InitError::Missing { .. })));
     scene.works("");
+    let reset = |device: &mut NetDevice| device.features |= Features::RING_RESET;
+    let mut scene = Scene::with(reset, options());
+    let mut other = Scene::with(reset, options());
+    for round in 0..3 {
+        let out = buffer(&frame(1, 60));
+        scene.tx.submit(out, 60, &FrameMeta::PLAIN).unwrap();
+        scene.tx.publish();
+        let mut back = 0;
+        let foreign = other.net.reset_transmit(&mut scene.tx, &mut |_| back += 1);
+        assert_eq!((foreign, back), (Err(InitError::ForeignQueue), 0));
+        let reset = scene.net.reset_transmit(&mut scene.tx, &mut |_| back += 1);
+        assert_eq!((reset, back), (Ok(()), 1), "round {round}");
+        scene.net.reset_receive(&mut scene.rx).unwrap();
+        scene.works("after resets of queues");
+    }
+    assert_eq!(scene.device().resets, 1, "of the device");
+    scene.assert_closes("");
 }
