@@ -380,8 +380,10 @@ fn errors_say_what_to_do() {
     let error = Stream::connect(&path, &options).unwrap_err();
     assert!(matches!(error, StreamError::Nobody { .. }), "{error}");
     assert!(error.to_string().contains("start the other end first"));
-    let mut patient = StreamOptions::default();
-    patient.must_connect = false;
+    let patient = StreamOptions {
+        must_connect: false,
+        ..StreamOptions::default()
+    };
     let stream = Stream::connect(&path, &patient).unwrap();
     assert!(!stream.is_up());
     let mut lane = stream.lane(0).unwrap();

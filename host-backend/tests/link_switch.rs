@@ -196,8 +196,10 @@ fn a_port_is_up_while_there_is_another() {
 
 #[test]
 fn what_does_not_fit_is_dropped_there_and_counted() {
-    let mut options = SwitchOptions::default();
-    options.inbox_bytes = 10_000;
+    let options = SwitchOptions {
+        inbox_bytes: 10_000,
+        ..SwitchOptions::default()
+    };
     let switch = Switch::new(options);
     let (from, slow, quick) = (
         switch.port().unwrap(),
@@ -390,8 +392,10 @@ fn each_receiver_gets_what_it_takes() {
 
 #[test]
 fn flows_spread_over_lanes_and_stay_on_theirs() {
-    let mut options = SwitchOptions::default();
-    options.lanes = 4;
+    let options = SwitchOptions {
+        lanes: 4,
+        ..SwitchOptions::default()
+    };
     let switch = Switch::new(options);
     let port = switch.port().unwrap();
     let mut lanes: Vec<_> = (0..4).map(|lane| port.lane(lane).unwrap()).collect();
@@ -421,8 +425,10 @@ fn flows_spread_over_lanes_and_stay_on_theirs() {
 #[test]
 fn two_threads_lose_nothing_that_is_not_counted() {
     const FRAMES: u32 = 300_000;
-    let mut options = SwitchOptions::default();
-    options.inbox_bytes = 1 << 16;
+    let options = SwitchOptions {
+        inbox_bytes: 1 << 16,
+        ..SwitchOptions::default()
+    };
     let switch = Switch::new(options);
     let receiver = switch.port().unwrap();
     let mut lane = receiver.lane(0).unwrap();

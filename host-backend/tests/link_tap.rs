@@ -338,8 +338,7 @@ fn a_frame_that_is_not_taken_is_kept() {
 #[test]
 fn queues_are_attached_and_detached() {
     in_namespace(|| {
-        let mut options = TapOptions::default();
-        options.lanes = 4;
+        let options = TapOptions { lanes: 4 };
         let tap = Tap::open("multi", &options).unwrap();
         assert_eq!(tap.shape().lanes, 4);
         set_up("multi", true);
@@ -429,8 +428,7 @@ fn a_deleted_interface_is_waited_for() {
     in_namespace(|| {
         let more = libc::IFF_MULTI_QUEUE;
         drop(make("tap0", more).unwrap());
-        let mut options = TapOptions::default();
-        options.lanes = 2;
+        let options = TapOptions { lanes: 2 };
         let tap = Tap::open("tap0", &options).unwrap();
         set_up("tap0", true);
         tap.use_lanes(2).unwrap();
@@ -515,16 +513,15 @@ fn errors_name_the_interface_and_the_way_out() {
         assert!(matches!(error, TapError::OtherKind { .. }), "{error}");
         assert!(error.to_string().contains("ip -details link show lo"));
         drop(make("single", 0).unwrap());
-        let mut options = TapOptions::default();
-        options.lanes = 2;
+        let options = TapOptions { lanes: 2 };
         let error = Tap::open("single", &options).unwrap_err();
         assert!(matches!(error, TapError::OtherKind { lanes: 2, .. }));
         // One queue of an interface for several will do.
         drop(make("several", libc::IFF_MULTI_QUEUE).unwrap());
         assert!(Tap::open("several", &TapOptions::default()).is_ok());
         let file = std::fs::File::open("/dev/null").unwrap();
-        let error = Tap::from_fd(file.into(), "tap0").unwrap_err();
-        assert!(matches!(error, TapError::NotATap { .. }), "{error}");
+        let error = Tap::from_fd(file.into()).unwrap_err();
+        assert!(matches!(error, TapError::NotATap), "{error}");
     });
 }
 
@@ -534,10 +531,7 @@ fn descriptors_are_taken_over() {
         let fd = make("mine", 0).unwrap();
         set_mtu("mine", 9000);
         set_up("mine", true);
-        let other = fd.try_clone().unwrap();
-        let error = Tap::from_fd(other, "yours").unwrap_err();
-        assert!(matches!(error, TapError::NotATap { .. }), "{error}");
-        let tap = Tap::from_fd(fd, "mine").unwrap();
+        let tap = Tap::from_fd(fd).unwrap();
         assert_eq!((tap.interface(), tap.shape().mtu), ("mine", 9000));
         assert!(tap.is_up());
         let mut lane = tap.lane(0).unwrap();

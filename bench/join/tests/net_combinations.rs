@@ -85,9 +85,10 @@ fn effective(offloads: Offloads) -> Offloads {
 }
 
 fn join(of: Combination) -> Joined {
-    let mut options = SwitchOptions::default();
-    options.lanes = 3;
-    let switch = Switch::new(options);
+    let switch = Switch::new(SwitchOptions {
+        lanes: 3,
+        ..SwitchOptions::default()
+    });
     let host = switch.endpoint().unwrap();
     let options = DeviceOptions {
         packed: of.packed,

@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 
 mod disk;
+mod net;
 mod options;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use disk::{Bus, DiskArg};
+use net::NetArg;
 use pvkit_host::disk::{Disk, FileDisk};
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
@@ -63,6 +65,20 @@ struct Run {
         value_name = "PATH[,ro][,direct][,id=TEXT][,bus=BUS][,queues=COUNT]"
     )]
     disk: Vec<DiskArg>,
+    /// Network card, and what it is plugged into: `tap=NAME` (a tap interface,
+    /// which is made if it is not there), `fd=NUMBER` (one that is open
+    /// already), `connect=PATH` or `listen=PATH` (a Unix stream, as QEMU's
+    /// `-netdev stream` speaks it). What the guest sees: `bus=virtio-mmio` (the
+    /// default), `bus=virtio-pci` or `bus=e1000` (an Intel 82540EM).
+    /// `mac=ADDRESS`: its address, unless it is to follow from what it is
+    /// plugged into. `queues=COUNT` (virtio and tap=NAME only): pairs of
+    /// queues, each with a thread of its own. `offload=off` (virtio only):
+    /// leave neither checksums nor segmentation to the other side.
+    #[arg(
+        long,
+        value_name = "WIRE[,bus=BUS][,mac=ADDRESS][,queues=COUNT][,offload=off]"
+    )]
+    net: Vec<NetArg>,
     /// Memory, in bytes or with KiB, MiB, GiB.
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     memory: Size,
@@ -171,6 +187,11 @@ fn start(run: &Run) -> Result<ExitCode> {
     for arg in &run.disk {
         disks.push((FileDisk::open(&arg.path, arg.file)?, arg));
     }
+    let mut links = Vec::new();
+    for arg in &run.net {
+        let link = arg.open().with_context(|| format!("net {}", arg.wire))?;
+        links.push((link, arg));
+    }
     let module = match &run.module {
         Some(path) => {
             let read = read_module(path, run.memory.0);
@@ -218,6 +239,11 @@ fn start(run: &Run) -> Result<ExitCode> {
     if !drives.is_empty() {
         let mut drives = drives.into_iter();
         vm.add_ide([drives.next(), drives.next()])?;
+    }
+    for (index, (link, arg)) in links.into_iter().enumerate() {
+        let mac = arg.mac(index);
+        log::info!("net {}: address {mac}", arg.wire);
+        arg.attach(&mut vm, link, mac, threads)?;
     }
     vm.load(&run.kernel, &run.cmdline, module.as_deref())?;
     if let Some(seconds) = run.timeout {

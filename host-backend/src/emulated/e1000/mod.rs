@@ -93,7 +93,6 @@ use thiserror::Error;
 
 /// What a card is like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct E1000Options {
     /// Its address, in the EEPROM. A driver may choose another.
     pub mac: MacAddress,

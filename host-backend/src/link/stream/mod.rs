@@ -35,7 +35,6 @@ const MAX_PATH_BYTES: usize = 107;
 
 /// How a stream is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct StreamOptions {
     /// Largest payload of a frame, in bytes.
     pub mtu: u16,

@@ -33,7 +33,6 @@ use table::Table;
 
 /// How a switch is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct SwitchOptions {
     /// Largest payload of a frame, in bytes.
     pub mtu: u16,

@@ -48,15 +48,9 @@ pub enum TapError {
         /// The queues that were asked for.
         lanes: u16,
     },
-    /// The descriptor is not of a tap as it has to be.
-    #[error(
-        "the descriptor for {name} is no queue of a tap with IFF_NO_PI and IFF_VNET_HDR \
-         of that name"
-    )]
-    NotATap {
-        /// The name it should have.
-        name: String,
-    },
+    /// The descriptor is not of a tap as it has to be, or not all are of one.
+    #[error("the descriptor is no queue of a tap with IFF_NO_PI and IFF_VNET_HDR")]
+    NotATap,
     /// The host refuses something else.
     #[error("{name}: {what}: {source}")]
     Host {

@@ -40,7 +40,6 @@ const LAST_LOOK: Duration = Duration::from_secs(1);
 
 /// How a tap is to be opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct TapOptions {
     /// Lanes: queues of the interface; at least 1. The kernel has up to 256.
     pub lanes: u16,
@@ -261,37 +260,36 @@ impl Tap {
         Self::new(name, fds, flags)
     }
 
-    /// Takes a descriptor that is attached to the tap `name` already, with
-    /// `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`. Called in the interface's
-    /// network namespace, it learns how large frames may be; elsewhere it
-    /// assumes 1500 bytes of payload, and that the interface is up.
+    /// Takes a descriptor that is attached to a tap already, with `IFF_TAP`,
+    /// `IFF_NO_PI` and `IFF_VNET_HDR`. Called in the interface's network
+    /// namespace, it learns how large frames may be; elsewhere it assumes 1500
+    /// bytes of payload, and that the interface is up.
     ///
     /// # Errors
     /// [`TapError`] says what is in the way.
-    pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self, TapError> {
-        Self::from_fds(vec![fd], name)
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, TapError> {
+        Self::from_fds(vec![fd])
     }
 
     /// The same for an interface with `IFF_MULTI_QUEUE`, with a descriptor for
-    /// each lane, all of them attached.
+    /// each lane, all of them attached to it.
     ///
     /// # Errors
     /// [`TapError`] says what is in the way.
-    pub fn from_fds(fds: Vec<OwnedFd>, name: &str) -> Result<Self, TapError> {
-        let not_a_tap = || TapError::NotATap {
-            name: name.to_owned(),
-        };
-        let mut kind = None;
+    pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
+        let mut of: Option<(String, libc::c_int)> = None;
         for fd in &fds {
-            let (own, flags) = sys::interface(fd.as_fd()).map_err(|_| not_a_tap())?;
-            if own != name || flags & KIND != FLAGS {
-                return Err(not_a_tap());
+            let (name, flags) = sys::interface(fd.as_fd()).map_err(|_| TapError::NotATap)?;
+            let same = of.as_ref().is_none_or(|(first, _)| *first == name);
+            if !same || flags & KIND != FLAGS {
+                return Err(TapError::NotATap);
             }
-            kind = Some(FLAGS | flags & libc::IFF_MULTI_QUEUE);
             rustix::fs::fcntl_setfl(fd, OFlags::RDWR | OFlags::NONBLOCK)
-                .map_err(|error| TapError::host(name, "O_NONBLOCK", error))?;
+                .map_err(|error| TapError::host(&name, "O_NONBLOCK", error))?;
+            of = Some((name, FLAGS | flags & libc::IFF_MULTI_QUEUE));
         }
-        Self::new(name.to_owned(), fds, kind.ok_or_else(not_a_tap)?)
+        let (name, flags) = of.ok_or(TapError::NotATap)?;
+        Self::new(name, fds, flags)
     }
 
     fn new(name: String, fds: Vec<OwnedFd>, flags: libc::c_int) -> Result<Self, TapError> {
