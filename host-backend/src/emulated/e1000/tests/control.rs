@@ -185,6 +185,17 @@ fn a_link_that_goes_and_comes_is_told() {
 }
 
 #[test]
+fn a_link_that_was_lost_early_is_told_too() {
+    let mut bench = Bench::new();
+    // It told nobody: the card had not connected yet.
+    lock(&bench.link.state).down = true;
+    bench.settle();
+    assert_eq!(bench.causes(), Cause::LSC);
+    let status = Status::from_bits_retain(bench.read(reg::STATUS));
+    assert!(!status.contains(Status::LU));
+}
+
+#[test]
 fn a_reset_forgets_all_but_the_address() {
     let mut bench = Bench::new();
     bench.write(reg::IMS, u32::MAX);

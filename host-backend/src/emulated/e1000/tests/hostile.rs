@@ -373,6 +373,131 @@ fn every_register_takes_every_value() {
     still_works(&mut bench);
 }
 
+/// Numbers that are the same every time.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    /// One of those, or now and then anything.
+    fn pick(&mut self, likely: &[u64]) -> u64 {
+        match self.below(8) {
+            0 => self.next(),
+            _ => likely[self.below(likely.len() as u64) as usize],
+        }
+    }
+
+    /// A transmit descriptor that makes some sense.
+    fn descriptor(&mut self) -> TxDescriptor {
+        let [address, low, high] = if self.below(3) == 0 {
+            let offsets = [14, 24, 33, 34, 40, 50, 54, 74, 0xff];
+            let mut byte = || self.pick(&offsets) & 0xff;
+            let low = byte() | byte() << 8 | byte() << 16 | byte() << 32 | byte() << 40;
+            let sizes = [0, 1, 100, 1460, 0xffff];
+            let high = (self.pick(&[54, 74, 0]) & 0xff) << 8 | self.pick(&sizes) << 16;
+            [low, self.below(1 << 20), high]
+        } else {
+            let address = self.pick(&[TX_BUFFERS, TX_BUFFERS + 0x1000, RAM - 100, 0]);
+            let bytes = self.pick(&[0, 1, 14, 54, 60, 300, 1514, 9018, 60_000]) & 0xf_ffff;
+            let options = self.below(4) << 8;
+            [
+                address,
+                bytes | self.below(2) << 20,
+                options | self.next() << 16,
+            ]
+        };
+        let end = if self.below(2) == 0 {
+            END
+        } else {
+            TxCommand::empty()
+        };
+        let command = self.next() as u8 & !1 | end.bits();
+        let dext = TxCommand::DEXT.bits();
+        let command = if self.below(4) == 0 {
+            command & !dext
+        } else {
+            command | dext
+        };
+        TxDescriptor {
+            low: address.into(),
+            command: (low as u32 & 0xff_ffff | u32::from(command) << 24).into(),
+            status: 0,
+            options: (high >> 8) as u8,
+            special: ((high >> 16) as u16).into(),
+        }
+    }
+}
+
+#[test]
+fn descriptors_of_all_kinds() {
+    let mut random = Random(0x0123_4567_89ab_cdef);
+    let mut bench = Bench::new();
+    bench.write(reg::CTRL, Ctrl::VME.bits());
+    bench.write(reg::RXCSUM, 0x700);
+    let (mut sent, mut cut) = (0, 0);
+    for round in 0..3000 {
+        let (v6, udp) = (random.below(2) == 0, random.below(2) == 0);
+        let payload = random.below(9000) as usize;
+        let frame = packet(v6, udp, payload);
+        bench.store(TX_BUFFERS, &frame);
+        bench.store(TX_BUFFERS + 0x1000, &frame);
+        for _ in 0..1 + random.below(12) {
+            if random.below(4) == 0 {
+                let mut good = context(v6, udp);
+                let command = good.command() | TuCommand::TSE;
+                good.command = ContextDescriptor::command_word(0, command);
+                good.header_bytes = good.transport_start + 20;
+                good.segment_bytes = 1000.into();
+                bench.put(good);
+            } else {
+                bench.put(random.descriptor());
+            }
+        }
+        if random.below(4) == 0 {
+            lock(&bench.link.state).room = Some(random.below(3) as usize);
+        }
+        bench.ring_bell();
+        lock(&bench.link.state).room = None;
+        bench.settle();
+        for (bytes, meta) in bench.sent() {
+            let checked = meta.check(&bytes, bytes.len(), 9018, Offloads::all());
+            assert_eq!(checked, Ok(meta), "round {round}");
+            sent += 1;
+            cut += u32::from(meta.segments.is_some());
+        }
+        // A frame that has no end yet may wait for it.
+        bench.put_legacy(&[0; 20], END);
+        bench.ring_bell();
+        bench.tx_next = TX_BUFFERS + 0x8000;
+        bench.sent();
+        assert_eq!(bench.read(reg::TDH), bench.read(reg::TDT), "round {round}");
+
+        let index = u64::from(bench.read(reg::RDH));
+        let address = random.pick(&[RX_BUFFERS, RX_BUFFERS + 7, RAM - 60, 0]);
+        bench.set_rx(index, address);
+        let rctl = Rctl::from_bits_retain(random.next() as u32) | Rctl::EN | Rctl::UPE;
+        bench.write(reg::RCTL, (rctl - Rctl::VFE).bits());
+        bench.come_plain(&frame);
+        assert_eq!(bench.waiting(), 0, "round {round}");
+        let tail = (bench.read(reg::RDH) + COUNT - 1) % COUNT;
+        bench.write(reg::RDT, tail);
+    }
+    assert!(sent > 500 && cut > 10, "{sent} frames, {cut} to be cut");
+    assert_ne!(bench.counters.bad_frames.get(), 0);
+    assert_ne!(bench.counters.dma_faults.get(), 0);
+    assert_ne!(bench.counters.received.get(), 0);
+    assert_eq!(bench.counters.ring_faults.get(), 0);
+}
+
 /// Nobody is told anything.
 #[derive(Debug)]
 struct Nobody;
