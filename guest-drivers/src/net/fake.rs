@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 #[derive(Debug, Default)]
 pub(crate) struct FakeTx {
     pub(crate) size: usize,
-    pub(crate) queued: Vec<(Vec<u8>, FrameMeta)>,
+    queued: Vec<(Vec<u8>, usize, FrameMeta)>,
     pub(crate) sent: VecDeque<Vec<u8>>,
     pub(crate) published: usize,
     pub(crate) fault: Option<Fault>,
@@ -27,13 +27,14 @@ impl FakeTx {
 
     /// The device has sent everything: the frames.
     pub(crate) fn serve(&mut self) -> Vec<(Vec<u8>, FrameMeta)> {
-        let queued = core::mem::take(&mut self.queued);
-        for (frame, _) in &queued {
-            let mut buffer = alloc::vec![0; 2048];
-            buffer[HEADROOM..HEADROOM + frame.len()].copy_from_slice(frame);
-            self.sent.push_back(buffer);
-        }
+        let queued = core::mem::take(&mut self.queued).into_iter();
         queued
+            .map(|(buffer, bytes, meta)| {
+                let frame = buffer[HEADROOM..HEADROOM + bytes].to_vec();
+                self.sent.push_back(buffer);
+                (frame, meta)
+            })
+            .collect()
     }
 }
 
@@ -48,8 +49,7 @@ impl NetTx<Vec<u8>> for FakeTx {
             let buffer = Some(buffer);
             return Err(Refused { reason, buffer });
         }
-        let frame = buffer[HEADROOM..HEADROOM + bytes].to_vec();
-        self.queued.push((frame, *meta));
+        self.queued.push((buffer, bytes, *meta));
         Ok(())
     }
     fn publish(&mut self) {

@@ -339,14 +339,17 @@ impl<B: NetBuf, T: NetTx<B>, R: NetRx> Device for SmoltcpDevice<T, R, B> {
 
 #[cfg(all(test, feature = "alloc"))]
 mod tests {
-    use super::SmoltcpDevice;
+    use super::{SmoltcpCounters, SmoltcpDevice};
     use crate::net::fake::{FakeRx, FakeTx};
     use crate::net::pool::Sender;
-    use crate::net::{Checksum, FrameMeta, NetLimits, Offloads};
+    use crate::net::{Checksum, FrameMeta, MacAddress, NetLimits, Offloads};
     use alloc::vec;
     use alloc::vec::Vec;
+    use smoltcp::iface::{Config, Interface, SocketSet, SocketStorage};
     use smoltcp::phy::{self, Device, RxToken, TxToken};
+    use smoltcp::socket::tcp;
     use smoltcp::time::Instant;
+    use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr};
 
     type Fake = SmoltcpDevice<FakeTx, FakeRx, Vec<u8>>;
 
@@ -454,5 +457,110 @@ mod tests {
         assert_eq!(meta.checksum, partial);
         assert_ne!(frame[40..42], [0x12, 0x34], "the sum of the pseudo header");
         assert!(device.transmit(Instant::ZERO).is_some());
+    }
+    /// Hands the frames of one to the other, in pieces if they are long.
+    fn carry(from: &mut Fake, to: &mut Fake, longest: &mut usize) {
+        from.flush();
+        let limits = from.limits;
+        for (frame, meta) in from.sender.queue_mut().serve() {
+            let checked = meta.check(&frame, frame.len(), 1518, limits.transmit);
+            *longest = frame.len().max(*longest);
+            let pieces = frame.chunks(2000).map(<[u8]>::to_vec).collect();
+            to.rx
+                .frames
+                .push_back((pieces, checked.expect("a good frame")));
+        }
+    }
+
+    /// TCP from one interface to another, which is what there is of the stack
+    /// that this device is for.
+    fn transfer(transmit: Offloads, receive: Offloads, buffer: usize) -> usize {
+        const BYTES: usize = 300_000;
+        let byte = |index: usize| (index * 31 / 7) as u8;
+        let mut devices = [0; 2].map(|_| device(transmit, receive, buffer));
+        let mut interfaces = [1u8, 2].map(|host| {
+            let mac = MacAddress::local(host.into());
+            let config = Config::new(EthernetAddress(mac.0).into());
+            let device = &mut devices[usize::from(host) - 1];
+            let mut interface = Interface::new(config, device, Instant::ZERO);
+            interface.update_ip_addrs(|addresses| {
+                let address = IpCidr::new(IpAddress::v4(10, 0, 0, host), 24);
+                addresses.push(address).expect("room for an address");
+            });
+            interface
+        });
+        let mut memory = [0; 4].map(|_| vec![0; 65_535]);
+        let [one, two, three, four] = &mut memory;
+        let socket =
+            |rx, tx| tcp::Socket::new(tcp::SocketBuffer::new(rx), tcp::SocketBuffer::new(tx));
+        let sockets = [
+            socket(&mut one[..], &mut two[..]),
+            socket(&mut three[..], &mut four[..]),
+        ];
+        let mut places = [0; 2].map(|_| [SocketStorage::EMPTY; 1]);
+        let [first, second] = &mut places;
+        let mut sets = [
+            SocketSet::new(&mut first[..]),
+            SocketSet::new(&mut second[..]),
+        ];
+        let [client, server] = sockets;
+        let handles = [sets[0].add(client), sets[1].add(server)];
+        let server = sets[1].get_mut::<tcp::Socket<'_>>(handles[1]);
+        server.listen(80).unwrap();
+        let client = sets[0].get_mut::<tcp::Socket<'_>>(handles[0]);
+        let to = (IpAddress::v4(10, 0, 0, 2), 80);
+        client.connect(interfaces[0].context(), to, 5000).unwrap();
+
+        let (mut sent, mut got, mut longest) = (0, 0, 0);
+        for step in 0..20_000 {
+            let now = Instant::from_millis(step);
+            for index in 0..2 {
+                interfaces[index].poll(now, &mut devices[index], &mut sets[index]);
+            }
+            let [one, two] = &mut devices;
+            carry(one, two, &mut longest);
+            carry(two, one, &mut 0);
+            let client = sets[0].get_mut::<tcp::Socket<'_>>(handles[0]);
+            if client.can_send() && sent < BYTES {
+                sent += client
+                    .send(|room| {
+                        let count = room.len().min(BYTES - sent);
+                        for (index, place) in room[..count].iter_mut().enumerate() {
+                            *place = byte(sent + index);
+                        }
+                        (count, count)
+                    })
+                    .unwrap();
+            }
+            let server = sets[1].get_mut::<tcp::Socket<'_>>(handles[1]);
+            if server.can_recv() {
+                let received = server.recv(|data| {
+                    for (index, found) in data.iter().enumerate() {
+                        assert_eq!(*found, byte(got + index), "byte {}", got + index);
+                    }
+                    (data.len(), data.len())
+                });
+                got += received.unwrap();
+            }
+            if got == BYTES {
+                break;
+            }
+        }
+        assert_eq!(got, BYTES);
+        for device in &devices {
+            assert_eq!(device.counters(), SmoltcpCounters::default());
+        }
+        longest
+    }
+
+    #[test]
+    fn tcp_with_and_without_offloads() {
+        let none = Offloads::empty();
+        assert_eq!(transfer(none, none, 1514), 1514);
+        // Nobody has checked it, so it is checked here.
+        assert_eq!(transfer(none, Offloads::CHECKSUM, 1514), 1514);
+        assert_eq!(transfer(Offloads::CHECKSUM, Offloads::CHECKSUM, 1514), 1514);
+        let all = Offloads::CHECKSUM | Offloads::TSO4;
+        assert!(transfer(all, all, 65_549) > 10_000, "long frames");
     }
 }

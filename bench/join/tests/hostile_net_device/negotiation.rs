@@ -1,13 +1,16 @@
 //! Lies in registers and in the configuration space.
 
-use super::{Scene, buffer, frame, options};
+use super::{BUFFERS, Scene, buffer, frame, options};
 use pvkit_guest::net::{FrameMeta, MacAddress, NetRx, NetTx};
+use pvkit_guest::storage::Storage;
 use pvkit_guest::virtio::init::InitError;
-use pvkit_guest::virtio::net::{Net, NetOptions};
+use pvkit_guest::virtio::net::{CONTROL_SIZE, Command, Net, NetOptions, PairStorage};
+use pvkit_guest::virtio::queue::{QueueError, QueueStorage};
 use pvkit_guest::virtio::transport::Events;
 use pvkit_join::arena::Arena;
 use pvkit_join::hostile::net_device::{NetDevice, net_device, transport};
 use pvkit_protocol::virtio::net::{NetConfig, NetFeatures};
+use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
 
 /// What opening such a device comes to; nothing is lost with it.
@@ -18,6 +21,9 @@ fn open(prepare: impl FnOnce(&mut NetDevice), options: NetOptions) -> InitError 
     let make = &mut || Some(vec![0u8; options.buffer_bytes]);
     let opened = Net::open_pairs(transport(&wire), arena.space(), options, make);
     let error = opened.expect_err("a device that cannot be used");
+    let status = wire.device().status;
+    let over = status.is_empty() || status.contains(DeviceStatus::FAILED);
+    assert!(over, "{error}: left at {status:?}");
     assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "{error}");
     error
 }
@@ -244,4 +250,60 @@ fn one_queue_is_reset_by_itself() {
     }
     assert_eq!(scene.device().resets, 1, "of the device");
     scene.assert_closes("");
+}
+
+#[test]
+fn memory_that_is_handed_in() {
+    let size = |count| QueueSize::new(count).unwrap();
+    let arena = Arena::new(4 << 20);
+    let storage = |transmit, segments| PairStorage {
+        transmit: QueueStorage::heap(size(transmit), segments),
+        receive: QueueStorage::heap(size(32), 4),
+        buffers: Storage::heap(BUFFERS.into(), || Some(vec![0u8; 2048])),
+    };
+    let control = || Some(QueueStorage::heap(size(CONTROL_SIZE.into()), 1));
+    for (storage, control, what) in [
+        (storage(16, 4), control(), "slots"),
+        (storage(32, 3), control(), "segments"),
+        (
+            storage(32, 4),
+            Some(QueueStorage::heap(size(2), 1)),
+            "slots",
+        ),
+    ] {
+        let wire = net_device(&arena);
+        let opened = Net::open_in(transport(&wire), arena.space(), options(), storage, control);
+        let error = opened.expect_err("too little memory");
+        assert!(
+            matches!(error, InitError::Queue(QueueError::Storage { what: found, .. }) if found == what),
+            "{error}"
+        );
+        assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "{error}");
+        assert_eq!(wire.device().status, DeviceStatus::empty(), "{error}");
+    }
+    // Without memory for it, there is no control queue.
+    for control in [control(), None] {
+        let wire = net_device(&arena);
+        let has = control.is_some();
+        let (mut net, (tx, rx)) = Net::open_in(
+            transport(&wire),
+            arena.space(),
+            options(),
+            storage(32, 4),
+            control,
+        )
+        .unwrap();
+        let features = NetFeatures::from(net.features());
+        assert_eq!(features.contains(NetFeatures::CTRL_VQ), has);
+        assert_eq!(net.command(&Command::Promiscuous(true)).is_ok(), has);
+        let mut scene = Scene {
+            arena: arena.clone(),
+            wire,
+            net,
+            tx,
+            rx,
+        };
+        scene.works("handed in");
+        scene.assert_closes("handed in");
+    }
 }
