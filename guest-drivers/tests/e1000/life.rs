@@ -228,9 +228,9 @@ fn closing_gives_everything_back_and_dropping_leaks_it() {
     } = make();
     drop(control);
     drop(tx);
-    assert_eq!(space.leaked(), 256 + 4 * (64 + 16));
+    assert_eq!(space.leaked(), 256 + 4 * 64);
     drop(rx);
-    assert_eq!(space.leaked(), 2 * 256 + 4 * (64 + 16) + 16 * 2048);
+    assert_eq!(space.leaked(), 2 * 256 + 4 * 64 + 16 * 2048);
     assert_eq!(space.live(), (2, 20), "for good");
 
     let card = make();

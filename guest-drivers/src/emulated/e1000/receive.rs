@@ -5,6 +5,7 @@ use super::ring::Ring;
 use super::{E1000Error, Masking, State};
 use crate::dma::{Direction, DmaBuf, DmaError, DmaSpace};
 use crate::fault::Fault;
+use crate::lent::Window;
 use crate::net::{Checksum, FrameMeta, HeldFrame, NetBuf, NetRx, RxFrame};
 use crate::register::Registers;
 use crate::storage::Storage;
@@ -268,7 +269,7 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Rx<C, S, R> {
                 least: self.setup.buffer_bytes as usize,
             });
         };
-        if let Err((buffer, error)) = self.ring.lend(buffer, Direction::FromDevice) {
+        if let Err((buffer, error)) = self.ring.lend(buffer, Window::ALL, Direction::FromDevice) {
             self.counters.lost += u64::from(buffer.is_none());
             *kept = buffer;
             return Err(error.into());

@@ -73,6 +73,8 @@ impl<B: DmaBuf> fmt::Debug for Slot<B> {
 /// A buffer that lies in the ring, at the first of its descriptors.
 struct Loan<B: DmaBuf> {
     lent: Lent<B>,
+    /// Which bytes of it.
+    window: Window,
     /// Number of that descriptor.
     first: u64,
     segments: u16,
@@ -235,12 +237,13 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
         (number & (self.size - 1)) as usize
     }
 
-    /// Lends the device a buffer, which begins with the descriptor that is
-    /// written next; says how many segments it has.
+    /// Lends the device a window of a buffer, which begins with the descriptor
+    /// that is written next; says how many segments it has.
     #[inline]
     pub(super) fn lend(
         &mut self,
         buffer: B,
+        window: Window,
         direction: Direction,
     ) -> Result<usize, (Option<B>, DmaError)> {
         let place = self.place(self.filled);
@@ -252,9 +255,10 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
         ) else {
             return Err((Some(buffer), DmaError::TooManySegments { max: 0 }));
         };
-        let (lent, segments) = Lent::lend(&self.space, buffer, Window::ALL, direction, room)?;
+        let (lent, segments) = Lent::lend(&self.space, buffer, window, direction, room)?;
         *slot = Some(Loan {
             lent,
+            window,
             first: self.filled,
             // No more than `most`.
             segments: segments as u16,
@@ -395,7 +399,10 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
             .unwrap_or(&[]);
         // SAFETY: the device is done with all descriptors of the buffer, or none
         // was written, or it was reset since it was told about the ring.
-        unsafe { loan.lent.give_back(&self.space, segments, written) }
+        unsafe {
+            loan.lent
+                .give_back(&self.space, loan.window, segments, written)
+        }
     }
 
     /// Hands back every buffer in the ring, now that the device has let go,
@@ -441,7 +448,7 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R> Drop for Ring<B, S, R> {
             if self.quiesced {
                 // SAFETY: the device was never told about the ring, or was
                 // reset since.
-                drop(unsafe { loan.lent.give_back(&self.space, lent, 0) });
+                drop(unsafe { loan.lent.give_back(&self.space, loan.window, lent, 0) });
             } else {
                 // Dropping the loan leaks the buffer.
                 self.space
@@ -527,14 +534,20 @@ mod tests {
         ring.expose(&Chip::new(Nothing, 1), id);
         // Two descriptors for each of four buffers, with words that say "done".
         for first in [0, 2, 4, 6] {
-            assert_eq!(ring.lend(vec![1; 10], Direction::FromDevice).unwrap(), 1);
+            assert_eq!(
+                ring.lend(vec![1; 10], Window::ALL, Direction::FromDevice)
+                    .unwrap(),
+                1
+            );
             ring.push([0, u64::MAX]);
             ring.push([0, u64::MAX]);
             ring.settle(first, 2, true);
         }
         ring.push([0, 0]);
         assert_eq!(ring.filled(), 8, "there is no room");
-        let (buffer, error) = ring.lend(vec![2], Direction::ToDevice).unwrap_err();
+        let (buffer, error) = ring
+            .lend(vec![2], Window::ALL, Direction::ToDevice)
+            .unwrap_err();
         assert_eq!(buffer, Some(vec![2]));
         assert_eq!(error, DmaError::TooManySegments { max: 0 });
 

@@ -6,6 +6,7 @@ use super::ring::Ring;
 use super::{Delays, Masking, State};
 use crate::dma::{Direction, DmaBuf, DmaError, DmaSpace, Segment};
 use crate::fault::Fault;
+use crate::lent::Window;
 use crate::net::{FrameMeta, HEADROOM, NetBuf, NetLimits, NetTx, Reason, Refused};
 use crate::register::Registers;
 use core::fmt;
@@ -18,42 +19,19 @@ use zerocopy::little_endian::{U16, U64};
 /// this much every chip of the family takes (SDM §3.3.3).
 const MAX_PIECE: u32 = MAX_LEGACY_BYTES as u32;
 
-/// A frame behind its headroom, of which the segments of its buffer are cut.
-struct Frame {
-    /// Bytes before it that are left.
-    skip: u64,
-    /// Bytes of it that are left.
-    left: u64,
-}
-
-impl Frame {
-    #[inline]
-    fn new(bytes: usize) -> Self {
-        Self {
-            skip: HEADROOM as u64,
-            left: bytes as u64,
-        }
-    }
-
-    /// The pieces of the next segment that belong to it.
-    #[inline]
-    fn cut(&mut self, segment: Segment<u64>) -> Pieces {
-        let here = u64::from(segment.len);
-        let skip = self.skip.min(here);
-        let rest = (here - skip).min(self.left);
-        self.skip -= skip;
-        self.left -= rest;
-        Pieces {
-            at: segment.addr.wrapping_add(skip),
-            rest,
-        }
-    }
-}
-
 /// What goes into one descriptor each.
 struct Pieces {
     at: u64,
     rest: u64,
+}
+
+impl From<Segment<u64>> for Pieces {
+    fn from(segment: Segment<u64>) -> Self {
+        Self {
+            at: segment.addr,
+            rest: segment.len.into(),
+        }
+    }
 }
 
 impl Pieces {
@@ -237,18 +215,17 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Tx<B, S, R> {
     /// How many data descriptors the frame takes whose buffer was lent at
     /// `first`.
     #[inline]
-    fn count(&self, first: u64, segments: usize, bytes: usize) -> u64 {
-        let mut frame = Frame::new(bytes);
+    fn count(&self, first: u64, segments: usize) -> u64 {
         (0..segments)
             .filter_map(|index| self.ring.segment(first, index))
-            .map(|segment| frame.cut(segment).descriptors())
+            .map(|segment| Pieces::from(segment).descriptors())
             .sum()
     }
 
     /// Writes the descriptors of a frame whose buffer was lent: so many for its
     /// context, and for its data.
     #[inline]
-    fn describe(&mut self, segments: usize, bytes: usize, work: &Work, contexts: u64, data: u64) {
+    fn describe(&mut self, segments: usize, work: &Work, contexts: u64, data: u64) {
         let first = self.ring.filled();
         match work.context {
             Context::None => {}
@@ -265,13 +242,12 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Tx<B, S, R> {
         // sequence is added, of others the last (SDM §3.3.7.1).
         let mut command = work.command | TxCommand::IFCS;
         command.set(TxCommand::IDE, self.setup.delays.transmit != 0);
-        let mut frame = Frame::new(bytes);
         let (mut left, mut last) = (data, 0);
         for index in 0..segments {
             let Some(segment) = self.ring.segment(first, index) else {
                 break;
             };
-            for (address, length) in frame.cut(segment) {
+            for (address, length) in Pieces::from(segment) {
                 left = left.saturating_sub(1);
                 let mut command = command;
                 command.set(TxCommand::EOP, left == 0);
@@ -365,13 +341,17 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> NetTx<B> for E1000Tx<B, S
             Some(buffer)
         };
         let first = self.ring.filled();
-        let segments = match self.ring.lend(buffer, Direction::ToDevice) {
+        let window = Window {
+            from: HEADROOM,
+            bytes,
+        };
+        let segments = match self.ring.lend(buffer, window, Direction::ToDevice) {
             Ok(segments) => segments,
             Err((buffer, error)) => {
                 return refuse(Reason::Dma(error), undo(buffer, &mut work));
             }
         };
-        let data = self.count(first, segments, bytes);
+        let data = self.count(first, segments);
         let needed = contexts + data;
         if needed > self.free() {
             let buffer = undo(self.ring.take_back(first, 0), &mut work);
@@ -385,7 +365,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> NetTx<B> for E1000Tx<B, S
             };
             return refuse(reason, buffer);
         }
-        self.describe(segments, bytes, &work, contexts, data);
+        self.describe(segments, &work, contexts, data);
         self.counters.frames += 1;
         self.counters.bytes += bytes as u64;
         self.counters.descriptors += needed;
