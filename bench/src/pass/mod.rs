@@ -202,7 +202,7 @@ pub fn read_report(memory: &GuestMemory, tasks: &[Task]) -> Result<Vec<Measureme
         );
         let count = report.samples.get() as usize;
         let first = report.first_sample.get() as usize;
-        let offset = report::samples_offset(tasks.len()) + first * size_of::<Sample>();
+        let offset = report::samples_offset(tasks.len(), 0) + first * size_of::<Sample>();
         let bytes = count * size_of::<Sample>();
         ensure!(
             (offset + bytes) as u64 <= REPORT_BYTES,
