@@ -65,12 +65,15 @@ unsafe impl DmaBuf for &'static mut [u8] {
     fn bytes(&self) -> usize {
         self.len()
     }
+    #[inline]
     fn into_raw(self) -> RawSlice {
         RawSlice(NonNull::from(self))
     }
+    #[inline]
     fn segments(raw: &RawSlice, each: &mut dyn FnMut(NonNull<[u8]>)) {
         raw.visit(each);
     }
+    #[inline]
     unsafe fn from_raw(raw: RawSlice) -> Self {
         // SAFETY: the pointer comes from an exclusive 'static slice that
         // nobody has used since (contract of `from_raw`).
@@ -89,6 +92,7 @@ pub struct RawSlice(NonNull<[u8]>);
 unsafe impl Send for RawSlice {}
 
 impl RawSlice {
+    #[inline]
     fn visit(&self, each: &mut dyn FnMut(NonNull<[u8]>)) {
         if !self.0.is_empty() {
             each(self.0);
@@ -114,12 +118,15 @@ mod heap {
         fn bytes(&self) -> usize {
             self.len()
         }
+        #[inline]
         fn into_raw(self) -> RawSlice {
             RawSlice(NonNull::from(Box::leak(self)))
         }
+        #[inline]
         fn segments(raw: &RawSlice, each: &mut dyn FnMut(NonNull<[u8]>)) {
             raw.visit(each);
         }
+        #[inline]
         unsafe fn from_raw(raw: RawSlice) -> Self {
             // SAFETY: the pointer comes from `Box::leak` in `into_raw`, and
             // only one raw value exists for it (contract of `from_raw`).
@@ -142,6 +149,7 @@ mod heap {
         fn bytes(&self) -> usize {
             self.len()
         }
+        #[inline]
         fn into_raw(self) -> RawVec {
             // Not through a slice, whose pointer would not be good for the
             // unused capacity.
@@ -153,9 +161,11 @@ mod heap {
                 capacity,
             }
         }
+        #[inline]
         fn segments(raw: &RawVec, each: &mut dyn FnMut(NonNull<[u8]>)) {
             raw.slice.visit(each);
         }
+        #[inline]
         unsafe fn from_raw(raw: RawVec) -> Self {
             let start = raw.slice.0.cast::<u8>().as_ptr();
             // SAFETY: pointer, length and capacity come from one vector, which

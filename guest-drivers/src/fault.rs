@@ -54,6 +54,14 @@ pub enum Fault {
         /// The device's index.
         index: u16,
     },
+    /// A received frame is said to fill more buffers than the device has used.
+    #[error("the device says that a frame fills {buffers} buffers, of which it used {used}")]
+    FrameBuffers {
+        /// What the device wrote.
+        buffers: u16,
+        /// Buffers that it had used when the first of them was looked at.
+        used: u16,
+    },
     /// The device says that only a reset helps.
     #[error("the device asks to be reset")]
     NeedsReset,

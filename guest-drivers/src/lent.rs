@@ -4,6 +4,37 @@
 
 use crate::dma::{Direction, DmaBuf, DmaError, DmaSpace, Segment, Segments};
 use core::mem::ManuallyDrop;
+use core::ptr::NonNull;
+
+/// Which bytes of a buffer are lent: the device reaches no others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// Bytes at the start of the buffer that are not.
+    pub(crate) from: usize,
+    /// How many are; more than there are means all that follow.
+    pub(crate) bytes: usize,
+}
+
+impl Window {
+    /// The whole buffer.
+    pub(crate) const ALL: Self = Self {
+        from: 0,
+        bytes: usize::MAX,
+    };
+
+    /// What lies of the next piece in the window, which becomes what is left
+    /// of it for the pieces that follow.
+    #[inline]
+    fn cut(&mut self, piece: NonNull<[u8]>) -> Option<NonNull<[u8]>> {
+        let skipped = self.from.min(piece.len());
+        let bytes = (piece.len() - skipped).min(self.bytes);
+        self.from -= skipped;
+        self.bytes -= bytes;
+        // SAFETY: not beyond the end of the piece.
+        let start = unsafe { piece.cast::<u8>().add(skipped) };
+        (bytes > 0).then(|| NonNull::slice_from_raw_parts(start, bytes))
+    }
+}
 
 /// A buffer on loan to the device.
 ///
@@ -12,16 +43,19 @@ use core::mem::ManuallyDrop;
 pub(crate) struct Lent<B: DmaBuf> {
     raw: ManuallyDrop<B::Raw>,
     direction: Direction,
+    window: Window,
 }
 
 impl<B: DmaBuf> Lent<B> {
-    /// Takes the buffer and maps it; `room` receives its segments. On success
-    /// also says how many segments there are; on failure hands the buffer
-    /// back, unless the space cannot take back what it already mapped.
+    /// Takes the buffer and maps the window of it; `room` receives the
+    /// segments. On success also says how many segments there are; on failure
+    /// hands the buffer back, unless the space cannot take back what it already
+    /// mapped.
     #[inline]
     pub(crate) fn lend<S: DmaSpace>(
         space: &S,
         buffer: B,
+        window: Window,
         direction: Direction,
         room: &mut [Segment<S::Addr>],
     ) -> Result<(Self, usize), (Option<B>, DmaError)> {
@@ -29,13 +63,15 @@ impl<B: DmaBuf> Lent<B> {
         let mut segments = Segments::new(room);
         let mut failed = None;
         let mut mapped = 0;
+        let mut left = window;
         B::segments(&raw, &mut |piece| {
             if failed.is_some() {
                 return;
             }
+            let Some(piece) = left.cut(piece) else { return };
             // SAFETY: the buffer is raw, so nobody touches it (contract of
             // `DmaBuf`); it is unmapped below or in `give_back`. Only buffers
-            // that are `DmaBufMut` are lent `FromDevice` (see `Queue::post`).
+            // that are `DmaBufMut` are lent `FromDevice` (see `Queue`).
             match unsafe { space.map(piece, direction, &mut segments) } {
                 Ok(()) => mapped += 1,
                 Err(error) => failed = Some(error),
@@ -45,6 +81,7 @@ impl<B: DmaBuf> Lent<B> {
         let lent = Self {
             raw: ManuallyDrop::new(raw),
             direction,
+            window,
         };
         match failed {
             None => Ok((lent, count)),
@@ -58,7 +95,7 @@ impl<B: DmaBuf> Lent<B> {
     }
 
     /// Ends the loan. `segments` are those of [`lend`](Lent::lend); the device
-    /// wrote `written` bytes from the start of the buffer. `None` if the
+    /// wrote `written` bytes from the start of the window. `None` if the
     /// device cannot be kept from the buffer: it is leaked.
     ///
     /// # Safety
@@ -89,10 +126,12 @@ impl<B: DmaBuf> Lent<B> {
         let mut written = written;
         let mut index = 0;
         let mut still_shared = false;
+        let mut left = self.window;
         B::segments(&self.raw, &mut |piece| {
             if index >= pieces {
                 return;
             }
+            let Some(piece) = left.cut(piece) else { return };
             index += 1;
             // The segments of a piece cover it exactly (contract of
             // `DmaSpace`), so its length says which they are.

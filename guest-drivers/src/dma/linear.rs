@@ -50,6 +50,7 @@ unsafe impl DmaSpace for LinearSpace {
         unsafe { alloc::alloc::dealloc(ptr.as_ptr(), layout) };
     }
 
+    #[inline]
     unsafe fn map(
         &self,
         buffer: NonNull<[u8]>,
@@ -71,6 +72,7 @@ unsafe impl DmaSpace for LinearSpace {
         Ok(())
     }
 
+    #[inline]
     unsafe fn unmap(
         &self,
         _buffer: NonNull<[u8]>,

@@ -1,6 +1,7 @@
 //! From reset to FEATURES_OK, and reading configuration (virtio 1.3 §3.1, §2.5).
 #![forbid(unsafe_code)]
 
+use super::net::ControlError;
 use super::queue::QueueError;
 use super::transport::{Quiesced, ResetTimeout, Transport, VectorError};
 use pvkit_protocol::virtio::{DeviceStatus, Features};
@@ -69,6 +70,20 @@ pub enum InitError {
         /// Queues that the driver opened.
         open: u16,
     },
+    /// Receive buffers are too short for the frames of this device.
+    #[error("receive buffers of {have} bytes, where frames need {need}")]
+    BufferBytes {
+        /// Bytes of a buffer.
+        have: usize,
+        /// How many it has to have.
+        need: usize,
+    },
+    /// There is no receive buffer, or none that the device can reach.
+    #[error("there are no receive buffers that the device can reach")]
+    NoBuffers,
+    /// The device runs again, but did not take over what was set before.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The queue that was handed in belongs to another device.
     #[error("the queue belongs to another device")]
     ForeignQueue,
@@ -78,12 +93,14 @@ pub enum InitError {
 const CONFIG_READS: u32 = 64;
 
 /// Resets the device and negotiates features: all of `supported` that the
-/// device offers. Leaves the device at `FEATURES_OK`, or at FAILED.
+/// device offers, but for those that `settle` takes out because they make no
+/// sense without others. Leaves the device at `FEATURES_OK`, or at FAILED.
 pub(super) fn negotiate<T: Transport>(
     transport: &mut T,
     device_id: u32,
     supported: Features,
     required: Features,
+    settle: impl FnOnce(Features) -> Features,
 ) -> Result<(Features, Quiesced), InitError> {
     let found = transport.device_id();
     if found != device_id {
@@ -97,7 +114,7 @@ pub(super) fn negotiate<T: Transport>(
     // No bit is ever cleared but by a reset (§2.1.1), not even by FAILED.
     let driver = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER;
     transport.set_status(driver);
-    let features = transport.device_features() & supported;
+    let features = settle(transport.device_features() & supported);
     // A driver for virtio 1 must not use a device without VERSION_1 (§6.1).
     let missing = (required | Features::VERSION_1) & !features;
     if !missing.is_empty() {

@@ -2,7 +2,9 @@
 
 pub mod block;
 pub mod init;
+pub mod net;
 pub mod queue;
 pub mod transport;
 
 pub use block::{Block, BlockOptions, VirtioBlockQueue};
+pub use net::{Net, NetOptions, VirtioNetRx, VirtioNetTx};

@@ -4,7 +4,7 @@
 use super::AtaError;
 use crate::dma::{Direction, DmaBuf, DmaError, DmaRegion, DmaSpace, Segment};
 use crate::fault::Fault;
-use crate::lent::Lent;
+use crate::lent::{Lent, Window};
 use crate::register::PortIo;
 use crate::storage::Storage;
 use core::alloc::Layout;
@@ -209,7 +209,8 @@ impl<B: DmaBuf, P: PortIo, S: DmaSpace<Addr = u64>> Engine<B, P, S> {
             return Err((Some(buffer), DmaError::TooManySegments { max: 0 }));
         }
         let bytes = buffer.bytes();
-        let (lent, segments) = Lent::lend(&self.space, buffer, direction, &mut self.room)?;
+        let (lent, segments) =
+            Lent::lend(&self.space, buffer, Window::ALL, direction, &mut self.room)?;
         let described = self.room.get(..segments).unwrap_or(&[]);
         let filled = self
             .table

@@ -108,8 +108,13 @@ impl<T: Transport> Block<T> {
     ) -> Opened<T, P> {
         let wanted = places.as_mut().len();
         let allow = supported(wanted) & (options.allow | Features::VERSION_1);
-        let (features, _) =
-            init::negotiate(&mut transport, device_id::BLOCK, allow, options.require)?;
+        let (features, _) = init::negotiate(
+            &mut transport,
+            device_id::BLOCK,
+            allow,
+            options.require,
+            |all| all,
+        )?;
         let mut block = Self {
             transport,
             features,
@@ -157,6 +162,7 @@ impl<T: Transport> Block<T> {
                 max_segments: self.limits.max_segments,
                 max_segment_bytes: self.limits.max_segment_bytes,
                 trailer: 1,
+                inline: 0,
                 features: self.features,
             };
             let storage = storage(index, &shape).ok_or(QueueError::Absent { index })?;
@@ -272,6 +278,7 @@ impl<T: Transport> Block<T> {
             device_id::BLOCK,
             self.allow,
             self.options.require,
+            |all| all,
         )?;
         if features != self.features {
             return Err(InitError::Changed {

@@ -126,7 +126,8 @@ impl<B: DmaBufMut, S: DmaSpace<Addr = u64>, D: Doorbell> BlockQueue<B>
             .post(header, payload, request)
             .map_err(|(error, buffer)| Refused {
                 reason: match error {
-                    PostError::Full => Reason::Full,
+                    // A request always has its header.
+                    PostError::Full | PostError::Empty => Reason::Full,
                     PostError::Retired => Reason::Retired,
                     PostError::Dma(error) => Reason::Dma(error),
                 },

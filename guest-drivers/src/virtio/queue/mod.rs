@@ -7,25 +7,30 @@
 #![allow(unsafe_code)]
 
 mod free;
+mod order;
 mod packed;
+mod post;
+mod request;
 mod ring;
 mod shape;
 mod slot;
 mod split;
 
-use crate::dma::{Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Segment};
+use crate::dma::{Direction, DmaBuf, DmaError, DmaRegion, DmaSpace, Segment};
 use crate::doorbell::{Doorbell, Position};
 use crate::fault::Fault;
-use crate::lent::Lent;
+use crate::lent::{Lent, Window};
 use crate::storage::Storage;
 use crate::virtio::transport::{QueueIdentity, Quiesced, Transport};
 use core::alloc::Layout;
 use core::fmt;
 use core::mem::ManuallyDrop;
+use order::next_in_order;
 use pvkit_protocol::virtio::split::QueueSize;
-use ring::{Part, Ring, Used};
-use slot::InFlight;
+use ring::{Ring, Used};
 
+pub use request::QueueCounters;
+pub(crate) use request::{Completed, Payload, PostError};
 pub use shape::QueueError;
 pub(crate) use shape::{QueueShape, choose_size};
 pub use slot::{QueueStorage, Slot};
@@ -40,48 +45,6 @@ const TABLE: usize = TRAILER + 16;
 /// value.
 pub const TRAILER_UNWRITTEN: u8 = 0xff;
 
-/// Counters of one queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub struct QueueCounters {
-    /// Requests posted, whether the device was shown them yet or not.
-    pub posted: u64,
-    /// Requests taken back.
-    pub completed: u64,
-    /// Batches published.
-    pub published: u64,
-    /// Doorbells rung: the batches for which the device wanted one.
-    pub kicks: u64,
-    /// Faults of the device.
-    pub faults: u64,
-}
-
-/// A buffer on its way to the device, and which way its bytes go.
-pub(crate) enum Payload<B> {
-    None,
-    ToDevice(B),
-    FromDevice(B),
-}
-
-/// A request that the device has used.
-#[derive(Debug)]
-pub(crate) struct Completed<B, X> {
-    pub(crate) extra: X,
-    pub(crate) buffer: Option<B>,
-    /// Bytes of the buffer that the device claims to have written.
-    pub(crate) written: u32,
-    /// First byte of the trailer.
-    pub(crate) trailer: u8,
-}
-
-/// Why a request was not taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PostError {
-    Full,
-    Retired,
-    Dma(DmaError),
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Live,
@@ -89,25 +52,6 @@ enum State {
     Faulty(Fault),
     /// The fault was reported; nothing works until the queue is recovered.
     Retired,
-}
-
-/// Makes a chain of `count` parts available, through a table at an offset of a
-/// region or as it is.
-#[inline]
-fn add<S: DmaSpace<Addr = u64>>(
-    ring: &mut Ring<S>,
-    table: Option<(&DmaRegion<S>, usize)>,
-    count: u16,
-    parts: impl IntoIterator<Item = Part>,
-) {
-    let parts = parts.into_iter();
-    match table {
-        Some((memory, offset)) => {
-            ring.write_table(memory, offset, count, parts);
-            ring.add_indirect(memory.addr() + offset as u64, count);
-        }
-        None => ring.add_direct(count, parts),
-    }
 }
 
 /// Everything that has to be leaked together if the queue is dropped while the
@@ -146,6 +90,71 @@ impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> fmt::Debug for Queue<B, 
             .field("counters", &self.counters)
             .finish_non_exhaustive()
     }
+}
+
+/// A buffer that was lent and has not been shown to the device.
+struct Loan<B: DmaBuf> {
+    lent: Lent<B>,
+    segments: u16,
+    /// Bytes of all segments.
+    bytes: u32,
+    /// Whether the chain goes through a table.
+    indirect: bool,
+    /// Descriptors of the ring that the chain takes.
+    descriptors: u16,
+}
+
+/// Lends the window of a buffer, for a chain with `others` descriptors besides
+/// its segments, where `free` descriptors of the ring are. What does not fit
+/// comes back.
+#[inline]
+#[allow(clippy::too_many_arguments)]
+fn lend<B: DmaBuf, S: DmaSpace<Addr = u64>>(
+    space: &S,
+    shape: &QueueShape,
+    free: u16,
+    others: u16,
+    buffer: B,
+    window: Window,
+    direction: Direction,
+    room: &mut [Segment<u64>],
+) -> Result<Loan<B>, (PostError, Option<B>)> {
+    let (lent, segments) = match Lent::lend(space, buffer, window, direction, room) {
+        Ok(lent) => lent,
+        Err((buffer, error)) => return Err((PostError::Dma(error), buffer)),
+    };
+    let max = shape.max_segment_bytes;
+    let data = room.get(..segments).unwrap_or(&[]);
+    // Nearly every buffer is one segment: no loops for that.
+    let (longest, bytes) = match data {
+        [only] => (only.len, only.len),
+        _ => data.iter().fold((0, 0), |(longest, bytes): (u32, u32), s| {
+            (longest.max(s.len), bytes.saturating_add(s.len))
+        }),
+    };
+    let segments = segments as u16;
+    let count = others + segments;
+    // A chain of one descriptor gains nothing from a table.
+    let indirect = count > 1 && shape.indirect();
+    let descriptors = if indirect { 1 } else { count };
+    let error = if longest > max {
+        let bytes = longest;
+        PostError::Dma(DmaError::SegmentTooLong { bytes, max })
+    } else if free < descriptors {
+        PostError::Full
+    } else if count == 0 {
+        PostError::Empty
+    } else {
+        return Ok(Loan {
+            lent,
+            segments,
+            bytes,
+            indirect,
+            descriptors,
+        });
+    };
+    // SAFETY: the device was not told about the buffer.
+    Err((error, unsafe { lent.give_back(space, data, 0) }))
 }
 
 impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B, X, S, D> {
@@ -214,6 +223,21 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         self.shape.size
     }
 
+    /// Requests of one descriptor that can be posted now.
+    #[inline]
+    pub(crate) fn free(&self) -> u16 {
+        match self.state {
+            State::Live => self.shared.ring.free(),
+            State::Faulty(_) | State::Retired => 0,
+        }
+    }
+
+    /// Requests that were posted, and that the device was not shown.
+    #[inline]
+    pub(crate) fn unshown(&self) -> u64 {
+        self.counters.posted - self.shown
+    }
+
     /// Requests that can be outstanding at once if each has one segment.
     pub(crate) fn depth(&self) -> u16 {
         let size = self.shape.size.get();
@@ -222,139 +246,6 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         } else {
             size / 3
         }
-    }
-
-    /// Posts a request: `header` for the device to read, of which at most
-    /// [`HEADER_WORDS`] count, the buffer, and the trailer.
-    pub(crate) fn post(
-        &mut self,
-        header: &[u64],
-        payload: Payload<B>,
-        extra: X,
-    ) -> Result<(), (PostError, Option<B>)>
-    where
-        B: DmaBufMut,
-    {
-        let (buffer, direction) = match payload {
-            Payload::None => (None, Direction::ToDevice),
-            Payload::ToDevice(buffer) => (Some(buffer), Direction::ToDevice),
-            Payload::FromDevice(buffer) => (Some(buffer), Direction::FromDevice),
-        };
-        if self.state != State::Live {
-            return Err((PostError::Retired, buffer));
-        }
-        let indirect = self.shape.indirect();
-        let shared = &mut *self.shared;
-        let ring = &mut shared.ring;
-        if ring.free() == 0 {
-            return Err((PostError::Full, buffer));
-        }
-        let id = ring.next_id();
-        let offset = usize::from(id) * self.slot_bytes;
-        let most = usize::from(self.shape.max_segments);
-        let first_segment = usize::from(id) * most;
-        let (Some(slot), Some(room)) = (
-            shared.slots.get_mut(usize::from(id)),
-            shared.segments.get_mut(first_segment..first_segment + most),
-        ) else {
-            return Err((PostError::Full, buffer));
-        };
-
-        let (lent, segments) = match buffer {
-            None => (None, 0),
-            Some(buffer) => match Lent::lend(&self.space, buffer, direction, room) {
-                Ok((lent, segments)) => (Some(lent), segments),
-                Err((buffer, error)) => return Err((PostError::Dma(error), buffer)),
-            },
-        };
-        let max = self.shape.max_segment_bytes;
-        let data = room.get(..segments).unwrap_or(&[]);
-        // Nearly every buffer is one segment: no loops for that.
-        let (longest, bytes) = match data {
-            [only] => (only.len, only.len),
-            _ => data.iter().fold((0, 0), |(longest, bytes): (u32, u32), s| {
-                (longest.max(s.len), bytes.saturating_add(s.len))
-            }),
-        };
-        let trailer_bytes = u32::from(self.shape.trailer);
-        let has_trailer = trailer_bytes != 0;
-        let segments = segments as u16;
-        let count = 1 + segments + u16::from(has_trailer);
-        let descriptors = if indirect { 1 } else { count };
-        let refused = if longest > max {
-            let bytes = longest;
-            Some(PostError::Dma(DmaError::SegmentTooLong { bytes, max }))
-        } else if ring.free() < descriptors {
-            Some(PostError::Full)
-        } else {
-            None
-        };
-        if let Some(error) = refused {
-            // SAFETY: the device was not told about the buffer.
-            let buffer = lent.and_then(|lent| unsafe { lent.give_back(&self.space, data, 0) });
-            return Err((error, buffer));
-        }
-
-        let header_bytes = match header {
-            [low, high] => {
-                shared.area.write_u64s(offset, [*low, *high]);
-                2 * size_of::<u64>()
-            }
-            _ => {
-                let words = header.iter().take(HEADER_WORDS);
-                words.fold(0, |bytes, word| {
-                    shared.area.write_u64(offset + bytes, *word);
-                    bytes + size_of::<u64>()
-                })
-            }
-        };
-        let base = shared.area.addr() + offset as u64;
-        let from_device = direction == Direction::FromDevice;
-        let header = Part {
-            addr: base,
-            len: header_bytes as u32,
-            writable: false,
-        };
-        let trailer = Part {
-            addr: base + TRAILER as u64,
-            len: trailer_bytes,
-            writable: true,
-        };
-        let part = |segment: &Segment<u64>| Part {
-            addr: segment.addr,
-            len: segment.len,
-            writable: from_device,
-        };
-        let written = if from_device { bytes } else { 0 };
-        let writable = trailer_bytes.saturating_add(written);
-        if has_trailer {
-            shared.area.write_u8(offset + TRAILER, TRAILER_UNWRITTEN);
-        }
-        slot.0 = Some(InFlight {
-            lent,
-            extra,
-            number: self.counters.posted,
-            descriptors,
-            segments,
-            writable,
-        });
-        let table = indirect.then_some((&shared.area, offset + TABLE));
-        match data {
-            // Then the chain has a fixed length, too.
-            [only] if has_trailer => add(ring, table, 3, [header, part(only), trailer]),
-            _ => {
-                let data = data.iter().map(part);
-                let end = has_trailer.then_some(trailer);
-                add(
-                    ring,
-                    table,
-                    count,
-                    core::iter::once(header).chain(data).chain(end),
-                );
-            }
-        }
-        self.counters.posted += 1;
-        Ok(())
     }
 
     /// Shows the device what was posted, and rings if it wants that.
@@ -398,7 +289,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
 
     /// Retires the queue because of a fault that is reported now.
     #[cold]
-    fn fail(&mut self, fault: Fault) -> Fault {
+    pub(crate) fn fail(&mut self, fault: Fault) -> Fault {
         self.counters.faults += 1;
         self.state = State::Retired;
         fault
@@ -430,7 +321,9 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             Some(request) if request.number < self.shown => request,
             _ => return Err(Fault::NotInFlight { id }),
         };
-        let len = if exact {
+        // Nothing depends on the length of what could not be written; there are
+        // devices that say instead how much they have read.
+        let len = if exact && request.writable != 0 {
             len
         } else {
             len.min(request.writable)
@@ -446,11 +339,14 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             return Err(Fault::NotInFlight { id });
         };
         shared.ring.free_chain(id, request.descriptors);
-        let trailer = shared
-            .area
-            .read_u8(usize::from(id) * self.slot_bytes + TRAILER);
-        // The trailer is written last, and counted.
-        let written = len.saturating_sub(u32::from(self.shape.trailer));
+        let (trailer, written) = match self.shape.trailer {
+            0 => (TRAILER_UNWRITTEN, len),
+            // The trailer is written last, and counted.
+            bytes => {
+                let at = usize::from(id) * self.slot_bytes + TRAILER;
+                (shared.area.read_u8(at), len.saturating_sub(bytes.into()))
+            }
+        };
         let first = usize::from(id) * usize::from(self.shape.max_segments);
         let segments = shared
             .segments
@@ -535,47 +431,6 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         self.expose(transport);
         true
     }
-}
-
-/// With IN_ORDER, one completion stands for all chains up to the one it names
-/// (virtio 1.3 §2.7.9): takes them one by one, the oldest first. What it skips
-/// was used to the full.
-fn next_in_order<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>>(
-    shared: &mut Shared<B, X, S>,
-    batch: &mut Option<Used>,
-    shown: u64,
-) -> Result<Option<Used>, Fault> {
-    let last = match *batch {
-        Some(last) => {
-            shared.ring.next_of_batch(last.id)?;
-            last
-        }
-        None => {
-            let Some(last) = shared.ring.next_used()? else {
-                return Ok(None);
-            };
-            // If the device has it, the walk from the oldest comes to it.
-            let slot = shared.slots.get(usize::from(last.id));
-            let has = slot
-                .and_then(|slot| slot.0.as_ref())
-                .is_some_and(|request| request.number < shown);
-            if !has {
-                return Err(Fault::NotInFlight { id: last.id });
-            }
-            last
-        }
-    };
-    let oldest = shared.ring.oldest_id();
-    if oldest == last.id {
-        *batch = None;
-        return Ok(Some(last));
-    }
-    *batch = Some(last);
-    Ok(Some(Used {
-        id: oldest,
-        len: u32::MAX,
-        exact: false,
-    }))
 }
 
 impl<B: DmaBuf, X: 'static, S: DmaSpace<Addr = u64>, D> Drop for Queue<B, X, S, D> {

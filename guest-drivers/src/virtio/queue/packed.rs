@@ -139,6 +139,7 @@ impl<S: DmaSpace<Addr = u64>> PackedRing<S> {
         self.memory.write_u32(self.driver_event, event.to_bits());
     }
 
+    #[inline]
     fn add(&mut self, addr: u64, len: u32, id: u16, flags: PackedFlags) {
         let offset = usize::from(self.avail.index) * DESCRIPTOR_BYTES;
         let flags = flags | PackedFlags::made_available(self.avail.wrap);
@@ -161,6 +162,12 @@ impl<S: DmaSpace<Addr = u64>> PackedRing<S> {
         let id = self.ids.take();
         let bytes = u32::from(entries) * DESCRIPTOR_BYTES as u32;
         self.add(table, bytes, id, PackedFlags::INDIRECT);
+    }
+
+    #[inline]
+    pub(super) fn add_one(&mut self, part: Part) {
+        let id = self.ids.take();
+        self.add(part.addr, part.len, id, write_flags(part.writable));
     }
 
     pub(super) fn add_direct(&mut self, count: u16, parts: impl Iterator<Item = Part>) {
@@ -192,6 +199,7 @@ impl<S: DmaSpace<Addr = u64>> PackedRing<S> {
     }
 
     /// Offset of the next used descriptor, if it is used.
+    #[inline]
     fn used_offset(&self) -> Option<(usize, PackedFlags)> {
         let offset = usize::from(self.used.index) * DESCRIPTOR_BYTES;
         let flags = self.memory.load_acquire_u16(offset + DESCRIPTOR_FLAGS);
@@ -199,6 +207,7 @@ impl<S: DmaSpace<Addr = u64>> PackedRing<S> {
         flags.is_used(self.used.wrap).then_some((offset, flags))
     }
 
+    #[inline]
     pub(super) fn next_used(&mut self) -> Result<Option<Used>, Fault> {
         let Some((offset, flags)) = self.used_offset() else {
             return Ok(None);

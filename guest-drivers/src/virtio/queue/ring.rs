@@ -122,6 +122,13 @@ impl<S: DmaSpace<Addr = u64>> Ring<S> {
         either!(self, ring => ring.add_indirect(table, entries));
     }
 
+    /// Makes a chain of one part available, without a table. The caller has
+    /// checked that a descriptor is free.
+    #[inline]
+    pub(super) fn add_one(&mut self, part: Part) {
+        either!(self, ring => ring.add_one(part));
+    }
+
     /// Makes a chain of `count` parts available, without a table. The caller
     /// has checked that as many descriptors are free; `count` is not 0.
     #[inline]

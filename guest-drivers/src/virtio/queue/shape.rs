@@ -18,6 +18,8 @@ pub(crate) struct QueueShape {
     pub(crate) max_segment_bytes: u32,
     /// Device-writable bytes that end every request, at most 16.
     pub(crate) trailer: u8,
+    /// Most bytes of data that requests bring along without a buffer.
+    pub(crate) inline: usize,
     pub(crate) features: Features,
 }
 
@@ -37,14 +39,19 @@ impl QueueShape {
         self.max_segments + 2
     }
 
-    /// Bytes of coherent memory of a slot, in whole cache lines.
-    pub(super) fn slot_bytes(&self) -> usize {
+    /// Where data without a buffer lies in a slot: behind the indirect table.
+    pub(super) fn inline_offset(&self) -> usize {
         let table = if self.indirect() {
             usize::from(self.longest_chain()) * size_of::<Descriptor>()
         } else {
             0
         };
-        (TABLE + table).next_multiple_of(64)
+        TABLE + table
+    }
+
+    /// Bytes of coherent memory of a slot, in whole cache lines.
+    pub(super) fn slot_bytes(&self) -> usize {
+        (self.inline_offset() + self.inline).next_multiple_of(64)
     }
 }
 

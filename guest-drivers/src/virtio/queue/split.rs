@@ -142,6 +142,14 @@ impl<S: DmaSpace<Addr = u64>> SplitRing<S> {
         self.make_available(head);
     }
 
+    #[inline]
+    pub(super) fn add_one(&mut self, part: Part) {
+        let head = self.free.take();
+        let flags = write_flags(part.writable);
+        self.write(head, Descriptor::new(part.addr, part.len, flags, 0));
+        self.make_available(head);
+    }
+
     pub(super) fn add_direct(&mut self, count: u16, parts: impl Iterator<Item = Part>) {
         let head = self.free.first();
         for (position, part) in (1..=count).zip(parts) {
