@@ -4,6 +4,7 @@
 
 use super::queue::{Fault, QueueError, QueueResources};
 use crate::disk::DiskError;
+use crate::link::LinkError;
 use crate::memory::GuestMemory;
 use crate::worker::{LaneState, Worker};
 use pvkit_protocol::virtio::Features;
@@ -20,7 +21,8 @@ pub struct Identity {
     /// Everything that the device offers. The transport decides about
     /// ACCESS_PLATFORM, by the memory that it gives the device.
     pub features: Features,
-    /// The queues of each lane. Together they are `0..n`, in order.
+    /// The queues of each lane. Together they are `0..n`, in order. Which of
+    /// them a driver has may depend on its features ([`Device::lanes`]).
     pub lanes: Vec<Range<u16>>,
     /// Largest size of a queue.
     pub queue_size_max: u16,
@@ -59,6 +61,9 @@ pub enum StartError {
     /// The disk refuses.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The link refuses.
+    #[error(transparent)]
+    Link(#[from] LinkError),
 }
 
 /// The control plane of a device. It knows no transport, starts no threads,
@@ -71,6 +76,14 @@ pub enum StartError {
 pub trait Device: Send + fmt::Debug {
     /// What the device is.
     fn identity(&self) -> Identity;
+
+    /// The queues of each lane for a driver that accepted these features: some
+    /// of those of its [identity](Device::identity), in order, cut as those
+    /// features have it. A lane has its number from here.
+    fn lanes(&self, features: Features) -> Vec<Range<u16>> {
+        let _ = features;
+        self.identity().lanes
+    }
 
     /// Where to send news. Called once, before anything else.
     fn connect(&mut self, events: Arc<dyn DeviceEvents>);

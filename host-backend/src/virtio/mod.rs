@@ -3,5 +3,6 @@
 
 pub mod block;
 pub mod device;
+pub mod net;
 pub mod queue;
 pub mod transport;

@@ -203,6 +203,23 @@ impl PackedPosition {
         }
     }
 
+    /// The place `count` descriptors further back, for `count` up to the ring's
+    /// size: the opposite of [`after`](Self::after).
+    #[must_use]
+    pub const fn before(self, count: u16, size: PackedSize) -> Self {
+        if count > self.index {
+            Self {
+                index: (self.index + size.0).wrapping_sub(count),
+                wrap: !self.wrap,
+            }
+        } else {
+            Self {
+                index: self.index - count,
+                wrap: self.wrap,
+            }
+        }
+    }
+
     /// Index and wrap counter in 16 bits.
     #[must_use]
     pub const fn to_bits(self) -> u16 {
@@ -330,6 +347,7 @@ mod tests {
                 assert_eq!(jump, steps, "{count} of {size:?}");
                 assert_eq!(PackedPosition::from_bits(jump.to_bits()), jump);
                 assert_eq!(PackedPosition::START.behind(jump, size), count);
+                assert_eq!(jump.before(count, size), PackedPosition::START);
                 steps = steps.after(1, size);
             }
         }

@@ -31,6 +31,8 @@ pub struct Chain {
     readable: usize,
     readable_bytes: u64,
     writable_bytes: u64,
+    /// Descriptors of the ring itself that it takes.
+    ring_descriptors: u16,
 }
 
 impl Chain {
@@ -46,6 +48,7 @@ impl Chain {
             readable: 0,
             readable_bytes: 0,
             writable_bytes: 0,
+            ring_descriptors: 0,
         }
     }
 
@@ -64,6 +67,11 @@ impl Chain {
         {
             self.snapshot = Some(snapshot.clone());
         }
+    }
+
+    /// The ring says how many of its own descriptors the chain takes.
+    pub(super) fn takes(&mut self, ring_descriptors: u16) {
+        self.ring_descriptors = ring_descriptors;
     }
 
     pub(super) fn push(&mut self, range: Range, writable: bool) -> Result<(), Fault> {
@@ -114,6 +122,12 @@ impl Chain {
         self.writable_bytes
     }
 
+    /// Descriptors of the ring that it takes: an indirect table takes one.
+    #[must_use]
+    pub fn ring_descriptors(&self) -> u16 {
+        self.ring_descriptors
+    }
+
     fn readable(&self) -> &[Range] {
         self.ranges.get(..self.readable).unwrap_or(&[])
     }
@@ -129,22 +143,72 @@ impl Chain {
     /// [`Fault::Address`] if they are not in RAM.
     #[inline]
     pub fn read_front(&self, out: &mut [u8]) -> Result<bool, Fault> {
+        self.read_at(0, out)
+    }
+
+    /// Copies what the device may read from the byte `skip` on. `false` if
+    /// there is less behind it than `out` has.
+    ///
+    /// # Errors
+    /// [`Fault::Address`] if it is not in RAM.
+    #[inline]
+    pub fn read_at(&self, skip: u64, out: &mut [u8]) -> Result<bool, Fault> {
         let Some(snapshot) = &self.snapshot else {
             return Ok(false);
         };
-        let mut rest = out;
+        let (mut skip, mut rest) = (skip, out);
         for range in self.readable() {
             if rest.is_empty() {
                 break;
             }
-            let count = rest.len().min(range.len as usize);
+            let len = u64::from(range.len);
+            if skip >= len {
+                skip -= len;
+                continue;
+            }
+            let addr = range.addr.checked_add(skip);
+            let addr = addr.ok_or(self.address(*range))?;
+            let count = rest.len().min((len - skip) as usize);
             let (now, later) = rest.split_at_mut(count);
-            snapshot
-                .read(range.addr, now)
-                .map_err(|_| self.address(*range))?;
+            snapshot.read(addr, now).map_err(|_| self.address(*range))?;
             rest = later;
+            skip = 0;
         }
         Ok(rest.is_empty())
+    }
+
+    /// Copies `data` to where the device may write, from its byte `skip` on;
+    /// returns how many bytes fitted.
+    ///
+    /// # Errors
+    /// [`Fault::Address`] if a buffer is not in RAM, or must not be written;
+    /// those before it are then written.
+    #[inline]
+    pub fn write_at(&self, skip: u64, data: &[u8]) -> Result<usize, Fault> {
+        let Some(snapshot) = &self.snapshot else {
+            return Ok(0);
+        };
+        let (mut skip, mut rest) = (skip, data);
+        for range in self.writable() {
+            if rest.is_empty() {
+                break;
+            }
+            let len = u64::from(range.len);
+            if skip >= len {
+                skip -= len;
+                continue;
+            }
+            let addr = range.addr.checked_add(skip);
+            let addr = addr.ok_or(self.address(*range))?;
+            let count = rest.len().min((len - skip) as usize);
+            let (now, later) = rest.split_at(count);
+            snapshot
+                .write(addr, now)
+                .map_err(|_| self.address(*range))?;
+            rest = later;
+            skip = 0;
+        }
+        Ok(data.len() - rest.len())
     }
 
     /// The guest address of the last byte that the device may write, if there

@@ -143,13 +143,21 @@ impl Queue {
         self.at.size
     }
 
+    /// Whether the map of guest memory was replaced since the last
+    /// [`refresh`](Queue::refresh).
+    #[inline]
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.ring.snapshot().epoch() != self.memory.epoch()
+    }
+
     /// Picks up a map of guest memory that was replaced since the last call.
     ///
     /// # Errors
     /// [`Fault::RingGone`] if the rings are not in the new map.
     #[inline]
     pub fn refresh(&mut self) -> Result<(), Fault> {
-        if self.ring.snapshot().epoch() == self.memory.epoch() {
+        if !self.is_stale() {
             return Ok(());
         }
         self.ring
@@ -184,6 +192,17 @@ impl Queue {
         } else if let Some(name) = self.ring.release(tag) {
             self.ring.give_back(name.id, written, name.units);
         }
+    }
+
+    /// Undoes the last fetch, if it was that of `chain`, which was not returned:
+    /// the next [`pop`](Queue::pop) finds it again. So several are undone in
+    /// the reverse of their order.
+    pub fn unfetch(&mut self, chain: &Chain) {
+        let tag = chain.tag();
+        if let Some(order) = &mut self.in_order {
+            order.unfetched(tag);
+        }
+        self.ring.unfetch(tag);
     }
 
     fn end_batch(&mut self) {

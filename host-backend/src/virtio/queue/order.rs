@@ -62,6 +62,14 @@ impl InOrder {
         self.fetched.push_back(Fetched { tag, writable });
     }
 
+    /// The last fetch, which was that of `tag`, is undone.
+    pub(super) fn unfetched(&mut self, tag: u16) {
+        if let Some(turn) = self.turns.get_mut(usize::from(tag)) {
+            *turn = Turn::Absent;
+        }
+        self.fetched.pop_back();
+    }
+
     /// A chain is done: gives back all whose turn it is. The last batch may
     /// still grow. A tag that the device does not work on is ignored.
     pub(super) fn done(&mut self, ring: &mut Ring, tag: u16, written: u32) {

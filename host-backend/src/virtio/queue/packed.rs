@@ -183,6 +183,7 @@ impl PackedRing {
         };
         chain.start(tag, head, self.longest, &self.snapshot);
         let (id, count) = self.walk(head, room, chain)?;
+        chain.takes(count);
         if let Some(taken) = self.taken.get_mut(usize::from(tag)) {
             *taken = Taken {
                 id,
@@ -239,6 +240,13 @@ impl PackedRing {
             add(descriptor, chain)?;
         }
         Ok(())
+    }
+
+    /// Undoes the last fetch.
+    pub(super) fn unfetch(&mut self, tag: u16) {
+        if let Some(name) = self.release(tag) {
+            self.next_avail = self.next_avail.before(name.units, self.size);
+        }
     }
 
     /// Ends the device's hold on a chain; says what the driver calls it, and

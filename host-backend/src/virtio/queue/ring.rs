@@ -71,6 +71,11 @@ impl Ring {
         either!(self, ring => ring.release(tag))
     }
 
+    /// Undoes the last fetch, which was that of `tag`.
+    pub(super) fn unfetch(&mut self, tag: u16) {
+        either!(self, ring => ring.unfetch(tag));
+    }
+
     /// Gives back the chain `id`; with those before it, the ring moves on by
     /// `units`.
     #[inline]

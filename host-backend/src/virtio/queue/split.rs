@@ -175,7 +175,10 @@ impl SplitRing {
     fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), Fault> {
         let size = self.size.get();
         let mut index = head;
+        // No more than a chain may have, so it fits.
+        let mut count = 0u16;
         loop {
+            count = count.saturating_add(1);
             let offset = usize::from(index) * DESCRIPTOR_BYTES;
             // One copy; what is checked is the copy.
             let low = self.descriptors.read_u64(offset);
@@ -188,10 +191,12 @@ impl SplitRing {
                 if !self.indirect || flags.contains(DescriptorFlags::NEXT) {
                     return Err(Fault::Indirect { head, index });
                 }
+                chain.takes(count);
                 return self.walk_table(head, &descriptor, chain);
             }
             add(&descriptor, chain)?;
             if !flags.contains(DescriptorFlags::NEXT) {
+                chain.takes(count);
                 return Ok(());
             }
             let next = descriptor.next.get();
@@ -234,6 +239,13 @@ impl SplitRing {
                 return Err(Fault::Next { index, next, size });
             }
             index = next;
+        }
+    }
+
+    /// Undoes the last fetch.
+    pub(super) fn unfetch(&mut self, tag: u16) {
+        if self.release(tag).is_some() {
+            self.next_avail = self.next_avail.wrapping_sub(1);
         }
     }
 

@@ -73,12 +73,30 @@ struct Events<S> {
     signals: Arc<S>,
     needs_reset: AtomicBool,
     config_generation: AtomicU32,
+    /// DRIVER_OK is set. Before that the driver must not be interrupted
+    /// (§3.1.1).
+    live: AtomicBool,
+    /// The configuration changed before that: the driver may have read what is
+    /// no longer true.
+    news: AtomicBool,
+}
+
+impl<S: TransportSignals> Events<S> {
+    /// Tells a driver that is ready what it may have missed.
+    fn tell(&self) {
+        // The mirror of each other: news before life, or life before news, and
+        // one of both sides sees it.
+        if self.live.load(Ordering::SeqCst) && self.news.swap(false, Ordering::SeqCst) {
+            self.signals.config();
+        }
+    }
 }
 
 impl<S: TransportSignals> DeviceEvents for Events<S> {
     fn config_changed(&self) {
         self.config_generation.fetch_add(1, Ordering::AcqRel);
-        self.signals.config();
+        self.news.store(true, Ordering::SeqCst);
+        self.tell();
     }
 
     fn needs_reset(&self, lane: u16, fault: Fault) {
@@ -98,6 +116,8 @@ pub struct Control<S> {
     events: Arc<Events<S>>,
     queues: Vec<QueueRegisters>,
     kicks: Vec<Arc<EventFd>>,
+    /// The queues of each lane, as the driver's features have it.
+    lane_queues: Vec<Range<u16>>,
     lanes: Vec<Phase>,
     driver_features: Features,
     status: DeviceStatus,
@@ -152,10 +172,13 @@ impl<S: TransportSignals + 'static> Control<S> {
             signals,
             needs_reset: AtomicBool::new(false),
             config_generation: AtomicU32::new(0),
+            live: AtomicBool::new(false),
+            news: AtomicBool::new(false),
         });
         device.connect(events.clone());
         Ok(Self {
             lanes: vec![Phase::default(); identity.lanes.len()],
+            lane_queues: identity.lanes.clone(),
             queues: vec![QueueRegisters::default(); usize::from(queues)],
             device,
             identity,
@@ -230,6 +253,7 @@ impl<S: TransportSignals + 'static> Control<S> {
         if new.contains(DeviceStatus::FEATURES_OK) {
             if self.features_acceptable() {
                 self.device.negotiated(self.driver_features);
+                self.set_lanes(self.device.lanes(self.driver_features));
             } else {
                 status -= DeviceStatus::FEATURES_OK;
             }
@@ -242,7 +266,15 @@ impl<S: TransportSignals + 'static> Control<S> {
         self.status = status;
         if start {
             self.start();
+            self.events.live.store(true, Ordering::SeqCst);
+            self.events.tell();
         }
+    }
+
+    /// Cuts the queues into lanes, none of which has a worker.
+    fn set_lanes(&mut self, lanes: Vec<Range<u16>>) {
+        self.lanes = vec![Phase::default(); lanes.len()];
+        self.lane_queues = lanes;
     }
 
     fn features_acceptable(&self) -> bool {
@@ -408,7 +440,7 @@ impl<S: TransportSignals + 'static> Control<S> {
     /// The lane that has a queue, if there is one.
     fn lane_of(&self, queue: u32) -> Option<u16> {
         let has = |lane: &Range<u16>| (u32::from(lane.start)..u32::from(lane.end)).contains(&queue);
-        self.identity.lanes.iter().position(has).map(|at| at as u16)
+        self.lane_queues.iter().position(has).map(|at| at as u16)
     }
 
     /// The driver resets one queue (RING_RESET, §2.6.1): everything in flight
@@ -437,7 +469,7 @@ impl<S: TransportSignals + 'static> Control<S> {
     fn begin_queue_reset(&mut self, queue: u32) {
         let running = self.status.contains(DeviceStatus::DRIVER_OK) && !self.resetting;
         let lane = self.lane_of(queue).filter(|lane| {
-            let queues = self.identity.lanes.get(usize::from(*lane));
+            let queues = self.lane_queues.get(usize::from(*lane));
             queues.is_some_and(|queues| queues.len() == 1)
         });
         let ready = self.queue_ready(queue);
@@ -508,7 +540,7 @@ impl<S: TransportSignals + 'static> Control<S> {
 
     /// Starts every lane whose queues are all enabled.
     fn start(&mut self) {
-        for index in 0..self.identity.lanes.len() {
+        for index in 0..self.lane_queues.len() {
             self.start_or_break(Some(index as u16));
         }
     }
@@ -524,7 +556,7 @@ impl<S: TransportSignals + 'static> Control<S> {
 
     fn start_lane(&mut self, lane: u16) -> Result<(), LaneError> {
         let index = usize::from(lane);
-        let Some(range) = self.identity.lanes.get(index).cloned() else {
+        let Some(range) = self.lane_queues.get(index).cloned() else {
             return Ok(());
         };
         let mut queues = Vec::new();
@@ -579,6 +611,7 @@ impl<S: TransportSignals + 'static> Control<S> {
     fn begin_reset(&mut self) {
         if !self.resetting {
             self.resetting = true;
+            self.events.live.store(false, Ordering::SeqCst);
             for lane in 0..self.lanes.len() as u16 {
                 if self.phase(lane) != Phase::Stopped {
                     self.executor.begin_stop(lane);
@@ -599,6 +632,8 @@ impl<S: TransportSignals + 'static> Control<S> {
             }
         }
         self.device.reset();
+        self.set_lanes(self.identity.lanes.clone());
+        self.events.news.store(false, Ordering::SeqCst);
         self.events.needs_reset.store(false, Ordering::Release);
         self.events.signals.reset();
         self.queues.fill(QueueRegisters::default());

@@ -1,0 +1,328 @@
+//! The receive queue of a pair (virtio 1.3 §5.1.6.3, §5.1.6.4): frames from the
+//! link, copied into the driver's buffers.
+#![forbid(unsafe_code)]
+
+use super::NetCounters;
+use super::config::State;
+use super::filter::View;
+use crate::event::EventFd;
+use crate::link::{Delivered, FrameSink, LinkLane};
+use crate::memory::GuestMemory;
+use crate::virtio::queue::{Chain, Fault, Queue, QueueError, QueueResources, QueueState};
+use crate::worker::Signal;
+use pvkit_protocol::frame::{Checksum, FrameMeta, Offloads};
+use pvkit_protocol::virtio::Features;
+use pvkit_protocol::virtio::net::{HEADER_BYTES, NetFeatures, NetHeader};
+use std::sync::Arc;
+use zerocopy::IntoBytes;
+
+/// Most chains that one frame may fill: 64 KiB in buffers of 512 bytes.
+const MAX_MERGED: usize = 128;
+
+/// Descriptors for which a chain has room at first.
+const USUAL: u16 = 4;
+
+/// After so many frames of a batch, the driver is shown them, so that it works
+/// on them while the rest is copied. Whether it wants an interrupt is asked
+/// once, at the end.
+const SHOW_EVERY: u64 = 32;
+
+#[derive(Debug)]
+pub(super) struct Receive {
+    queue: Queue,
+    /// The first `held` were fetched and not filled, in their order; the others
+    /// have room to be used again.
+    chains: Vec<Chain>,
+    held: usize,
+    /// The link has a frame for which the driver has no buffers.
+    starved: bool,
+    /// What broke the queue while the link delivered.
+    fault: Option<Fault>,
+    mergeable: bool,
+    /// Longest frame that is not to be segmented.
+    max: usize,
+    view: View,
+    state: Arc<State>,
+    /// Frames put into the queue.
+    filled: u64,
+    armed: bool,
+    signal: Arc<dyn Signal>,
+    kick: Arc<EventFd>,
+}
+
+/// How the driver's buffers are for a frame.
+enum Room {
+    /// The first so many chains that are held take it.
+    Enough(usize),
+    /// They do not yet.
+    TooLittle,
+    /// They never will.
+    Never,
+}
+
+impl Receive {
+    pub(super) fn new(
+        memory: &GuestMemory,
+        queue: &QueueResources,
+        features: Features,
+        at: Option<QueueState>,
+        max: usize,
+        state: Arc<State>,
+    ) -> Result<Self, QueueError> {
+        let mut ring = Queue::new(memory, queue.at, features, 0, at)?;
+        // New buffers are only news if a frame waits for them.
+        ring.disarm();
+        Ok(Self {
+            chains: Vec::new(),
+            held: 0,
+            starved: false,
+            fault: None,
+            mergeable: NetFeatures::from(features).contains(NetFeatures::MRG_RXBUF),
+            max,
+            view: state.filter.view(),
+            state,
+            filled: 0,
+            armed: false,
+            signal: queue.signal.clone(),
+            kick: queue.kick.clone(),
+            queue: ring,
+        })
+    }
+
+    /// A frame waits for buffers.
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved
+    }
+
+    /// The doorbell, if it is waited for.
+    pub(super) fn doorbell(&self) -> Option<&EventFd> {
+        self.armed.then_some(&self.kick)
+    }
+
+    /// The wait is over.
+    pub(super) fn wake(&mut self, counters: &NetCounters) {
+        if std::mem::take(&mut self.armed) {
+            counters.rx.kicks.add(self.kick.take());
+            self.queue.disarm();
+        }
+    }
+
+    /// Asks for a doorbell if a frame waits for buffers; `true` if there are
+    /// some already.
+    pub(super) fn arm(&mut self) -> bool {
+        self.armed = self.starved;
+        self.armed && self.queue.arm()
+    }
+
+    /// Picks up a new map of guest memory. Chains that are held are fetched
+    /// again: memory that was taken away is not ours.
+    pub(super) fn refresh(&mut self) -> Result<(), Fault> {
+        if self.queue.is_stale() {
+            self.put_back();
+        }
+        self.queue.refresh()
+    }
+
+    /// Has what was not filled still in the queue.
+    fn put_back(&mut self) {
+        for chain in self.chains.iter().take(self.held).rev() {
+            self.queue.unfetch(chain);
+        }
+        self.held = 0;
+    }
+
+    /// Takes up to `budget` frames from the link; returns whether there were
+    /// any.
+    pub(super) fn serve(
+        &mut self,
+        lane: &mut dyn LinkLane,
+        counters: &NetCounters,
+        budget: u32,
+    ) -> Result<bool, Fault> {
+        self.starved = false;
+        let receive = self;
+        let mut sink = Sink { receive, counters };
+        let taken = lane.receive(&mut sink, budget);
+        match sink.receive.fault.take() {
+            Some(fault) => Err(fault),
+            None => Ok(taken > 0),
+        }
+    }
+
+    /// Fetches one more chain; `false` if there is none.
+    fn hold(&mut self) -> Result<bool, Fault> {
+        if self.held == self.chains.len() {
+            self.chains.push(Chain::with_capacity(USUAL));
+        }
+        let Some(chain) = self.chains.get_mut(self.held) else {
+            return Ok(false);
+        };
+        if !self.queue.pop(chain)? {
+            return Ok(false);
+        }
+        // A buffer takes at least the header, and is the device's alone
+        // (§5.1.6.3.1).
+        let (readable, writable) = (chain.readable_bytes(), chain.writable_bytes());
+        if readable > 0 || writable < HEADER_BYTES as u64 {
+            let head = chain.head();
+            return Err(Fault::Frame {
+                head,
+                readable,
+                writable,
+            });
+        }
+        self.held += 1;
+        Ok(true)
+    }
+
+    /// Fetches as many chains as take `bytes` bytes, header and all.
+    #[inline]
+    fn make_room(&mut self, bytes: u64) -> Result<Room, Fault> {
+        let most = if self.mergeable { MAX_MERGED } else { 1 };
+        let (mut room, mut taken) = (0, 0u32);
+        for count in 0..most {
+            if count == self.held && !self.hold()? {
+                // Nothing comes if there is no place for one like the last.
+                let one = self.chains.get(count.wrapping_sub(1));
+                let one = one.map_or(0, |chain| u32::from(chain.ring_descriptors()));
+                let full = taken + one > u32::from(self.queue.size());
+                return Ok(if full { Room::Never } else { Room::TooLittle });
+            }
+            let Some(chain) = self.chains.get(count) else {
+                break;
+            };
+            room += chain.writable_bytes();
+            taken += u32::from(chain.ring_descriptors());
+            if room >= bytes {
+                return Ok(Room::Enough(count + 1));
+            }
+        }
+        Ok(Room::Never)
+    }
+
+    /// Copies a frame into the first `count` chains that are held, and gives
+    /// them to the driver.
+    #[inline]
+    fn fill(&mut self, count: usize, frame: &[u8], meta: &FrameMeta) -> Result<(), Fault> {
+        let header = NetHeader::new(meta, count as u16);
+        let mut rest = frame;
+        let mut skip = HEADER_BYTES;
+        for (index, chain) in self.chains.iter().take(count).enumerate() {
+            if index == 0 {
+                chain.write_at(0, header.as_bytes())?;
+            }
+            let done = chain.write_at(skip as u64, rest)?;
+            rest = rest.get(done..).unwrap_or(&[]);
+            skip = 0;
+        }
+        // Not before all of it is written: one of the others could be out of
+        // reach.
+        let mut left = (HEADER_BYTES + frame.len()) as u64;
+        for chain in self.chains.iter().take(count) {
+            let written = left.min(chain.writable_bytes());
+            left -= written;
+            // Frames are shorter than 64 KiB and a few bytes.
+            self.queue.push(chain.tag(), written as u32);
+        }
+        // Chains that a longer frame fetched, and did not fill, come next.
+        if let Some(held) = self.chains.get_mut(..self.held)
+            && count < held.len()
+        {
+            held.rotate_left(count);
+        }
+        self.held -= count;
+        self.filled += 1;
+        if self.filled.is_multiple_of(SHOW_EVERY) {
+            self.queue.show();
+        }
+        Ok(())
+    }
+
+    /// What is said of a frame as the driver takes it now; `None` if it does
+    /// not.
+    #[inline]
+    fn fit(&self, frame: &[u8], meta: &FrameMeta, agreed: Offloads) -> Option<FrameMeta> {
+        let mut meta = *meta;
+        // Found right by the host: only a driver that knows of checksums can
+        // make use of it (§5.1.6.4.1).
+        if meta.checksum == Checksum::Valid && !agreed.contains(Offloads::CHECKSUM) {
+            meta.checksum = Checksum::Unknown;
+        }
+        meta.check(frame, frame.len(), self.max, agreed).ok()
+    }
+
+    fn deliver(
+        &mut self,
+        counters: &NetCounters,
+        frame: &[u8],
+        meta: &FrameMeta,
+    ) -> Result<Delivered, Fault> {
+        let filter = self.view.now(&self.state.filter);
+        let (wanted, agreed) = (filter.wants(frame), filter.receive);
+        if !wanted {
+            counters.rx_unwanted.add(1);
+            return Ok(Delivered::Taken);
+        }
+        let Some(meta) = self.fit(frame, meta, agreed) else {
+            counters.rx_unfit.add(1);
+            return Ok(Delivered::Taken);
+        };
+        match self.make_room((HEADER_BYTES + frame.len()) as u64)? {
+            Room::Enough(count) => {
+                self.fill(count, frame, &meta)?;
+                counters.rx.frames.add(1);
+                counters.rx.bytes.add(frame.len() as u64);
+            }
+            Room::TooLittle => {
+                counters.rx_full.add(1);
+                self.starved = true;
+                return Ok(Delivered::Full);
+            }
+            Room::Never => counters.rx_no_room.add(1),
+        }
+        Ok(Delivered::Taken)
+    }
+
+    /// Ends a batch.
+    pub(super) fn publish(&mut self, counters: &NetCounters) {
+        match self.queue.publish() {
+            Some(true) => {
+                counters.rx.signals.add(1);
+                self.signal.signal();
+            }
+            Some(false) => counters.rx.signals_suppressed.add(1),
+            None => {}
+        }
+    }
+
+    /// Nothing more is fetched, and what was not filled is the driver's again.
+    pub(super) fn stop(&mut self, counters: &NetCounters) {
+        self.put_back();
+        counters.rx.kicks.add(self.kick.take());
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+}
+
+/// Where the link delivers to.
+struct Sink<'a> {
+    receive: &'a mut Receive,
+    counters: &'a NetCounters,
+}
+
+impl FrameSink for Sink<'_> {
+    fn deliver(&mut self, frame: &[u8], meta: &FrameMeta) -> Delivered {
+        if self.receive.fault.is_some() {
+            return Delivered::Full;
+        }
+        match self.receive.deliver(self.counters, frame, meta) {
+            Ok(delivered) => delivered,
+            Err(fault) => {
+                self.receive.fault = Some(fault);
+                Delivered::Full
+            }
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The transmit queue of a pair (virtio 1.3 §5.1.6.2): frames that the driver
+//! wrote, copied out of guest memory as far as anybody looks at them, and
+//! checked.
+#![forbid(unsafe_code)]
+
+use super::NetCounters;
+use crate::event::EventFd;
+use crate::link::{LinkLane, Sent, TxFrame};
+use crate::memory::{GuestMemory, IoBufs};
+use crate::virtio::queue::{Chain, Fault, Queue, QueueError, QueueResources, QueueState};
+use crate::worker::{Counter, Signal};
+use pvkit_protocol::frame::{
+    BadFrame, Checksum, FrameMeta, HEAD_BYTES, MAX_SEGMENTED_FRAME_BYTES, Offloads,
+};
+use pvkit_protocol::virtio::Features;
+use pvkit_protocol::virtio::net::{HEADER_BYTES, NetFeatures, NetHeader};
+use std::sync::Arc;
+use zerocopy::FromBytes;
+
+/// Most descriptors of a chain, if the queue is shorter: what known drivers
+/// send has up to one for each page of 64 KiB, and a few more.
+const LONGEST: u16 = 64;
+
+/// Most pieces of a frame behind its head: the kernel takes up to 1,024 in one
+/// call (`UIO_MAXIOV`), and the link may add some.
+const MAX_PIECES: usize = 1000;
+
+/// After so many frames of a batch, the driver is shown which buffers it has
+/// back, so that it fills them while the rest is sent.
+const SHOW_EVERY: u32 = 32;
+
+/// What is looked at of a frame: virtio's header and the frame's head.
+const FRONT_BYTES: usize = HEADER_BYTES + HEAD_BYTES;
+
+#[derive(Debug)]
+pub(super) struct Transmit {
+    queue: Queue,
+    chain: Chain,
+    /// The private copy of header and head.
+    front: [u8; FRONT_BYTES],
+    /// What follows the head of a long frame.
+    rest: IoBufs,
+    /// What follows the head of all others.
+    nothing: IoBufs,
+    /// A frame that the link had no room for; `chain`, `front` and `rest` are
+    /// still its own.
+    stalled: Option<Fetched>,
+    /// Longest frame that is not to be segmented.
+    max: usize,
+    agreed: Offloads,
+    armed: bool,
+    signal: Arc<dyn Signal>,
+    kick: Arc<EventFd>,
+}
+
+/// A frame that was checked.
+#[derive(Debug, Clone, Copy)]
+struct Fetched {
+    /// Bytes of the head.
+    head: usize,
+    /// Whether more follows.
+    long: bool,
+    meta: FrameMeta,
+}
+
+/// Why a frame is dropped: which counter counts it.
+type Dropped = fn(&NetCounters) -> &Counter;
+
+impl Transmit {
+    pub(super) fn new(
+        memory: &GuestMemory,
+        queue: &QueueResources,
+        features: Features,
+        state: Option<QueueState>,
+        max: usize,
+    ) -> Result<Self, QueueError> {
+        let ring = Queue::new(memory, queue.at, features, LONGEST, state)?;
+        Ok(Self {
+            chain: Chain::with_capacity(LONGEST.max(ring.size())),
+            front: [0; FRONT_BYTES],
+            rest: IoBufs::new(),
+            nothing: IoBufs::new(),
+            stalled: None,
+            max,
+            agreed: NetFeatures::from(features).transmit_offloads(),
+            armed: false,
+            signal: queue.signal.clone(),
+            kick: queue.kick.clone(),
+            queue: ring,
+        })
+    }
+
+    /// A frame waits for room in the link.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.stalled.is_some()
+    }
+
+    /// The doorbell, if it is waited for.
+    pub(super) fn doorbell(&self) -> Option<&EventFd> {
+        self.armed.then_some(&self.kick)
+    }
+
+    /// The wait is over.
+    pub(super) fn wake(&mut self, counters: &NetCounters) {
+        if std::mem::take(&mut self.armed) {
+            counters.tx.kicks.add(self.kick.take());
+            self.queue.disarm();
+        }
+    }
+
+    /// Asks for a doorbell, unless what would be fetched had to wait for the
+    /// link; `true` if there is something to fetch already.
+    pub(super) fn arm(&mut self) -> bool {
+        self.armed = self.stalled.is_none();
+        self.armed && self.queue.arm()
+    }
+
+    /// Picks up a new map of guest memory. A frame that waits is fetched again:
+    /// memory that was taken away is not ours.
+    pub(super) fn refresh(&mut self) -> Result<(), Fault> {
+        if self.queue.is_stale() {
+            self.put_back();
+        }
+        self.queue.refresh()
+    }
+
+    /// Has what was not sent still in the queue.
+    fn put_back(&mut self) {
+        if self.stalled.take().is_some() {
+            self.queue.unfetch(&self.chain);
+        }
+    }
+
+    /// Sends up to `budget` frames; returns whether there was anything to do.
+    pub(super) fn serve(
+        &mut self,
+        lane: &mut dyn LinkLane,
+        counters: &NetCounters,
+        budget: u32,
+    ) -> Result<bool, Fault> {
+        let mut count = 0;
+        if let Some(frame) = self.stalled.take() {
+            if !self.send(lane, counters, frame) {
+                return Ok(false);
+            }
+            count += 1;
+        }
+        while count < budget && self.queue.pop(&mut self.chain)? {
+            count += 1;
+            match self.fetch()? {
+                Ok(frame) => {
+                    if !self.send(lane, counters, frame) {
+                        break;
+                    }
+                }
+                Err(counter) => {
+                    counter(counters).add(1);
+                    self.queue.push(self.chain.tag(), 0);
+                }
+            }
+            if count.is_multiple_of(SHOW_EVERY) {
+                self.queue.show();
+            }
+        }
+        Ok(count > 0)
+    }
+
+    /// Copies and checks the frame in `chain`.
+    fn fetch(&mut self) -> Result<Result<Fetched, Dropped>, Fault> {
+        let chain = &self.chain;
+        if chain.writable_bytes() > 0 {
+            return Ok(Err(|counters| &counters.tx_buffers));
+        }
+        let all = chain.readable_bytes();
+        let Some(bytes) = all.checked_sub(HEADER_BYTES as u64) else {
+            return Ok(Err(|counters| &counters.tx_short));
+        };
+        if bytes > MAX_SEGMENTED_FRAME_BYTES as u64 {
+            return Ok(Err(|counters| &counters.tx_long));
+        }
+        let bytes = bytes as usize;
+        let head = bytes.min(HEAD_BYTES);
+        let long = bytes > HEAD_BYTES;
+        let Some(front) = self.front.get_mut(..HEADER_BYTES + head) else {
+            return Ok(Err(|counters| &counters.tx_long));
+        };
+        // One copy; what is checked, and sent, is the copy.
+        chain.read_front(front)?;
+        let Ok((header, start)) = NetHeader::read_from_prefix(front) else {
+            return Ok(Err(|counters| &counters.tx_short));
+        };
+        let Some(said) = header.meta() else {
+            return Ok(Err(|counters| &counters.tx_lies));
+        };
+        let mut meta = match said.check(start, bytes, self.max, self.agreed) {
+            Ok(meta) => meta,
+            Err(BadFrame::Short { .. }) => return Ok(Err(|counters| &counters.tx_short)),
+            Err(BadFrame::Long { .. }) => return Ok(Err(|counters| &counters.tx_long)),
+            Err(_) => return Ok(Err(|counters| &counters.tx_lies)),
+        };
+        match meta.checksum {
+            // A driver has no say in that (§5.1.6.2.1).
+            Checksum::Valid => meta.checksum = Checksum::Unknown,
+            // Behind all headers there are: nobody's checksum stands there.
+            Checksum::Partial { start, offset }
+                if usize::from(start) + usize::from(offset) + 2 > head =>
+            {
+                return Ok(Err(|counters| &counters.tx_lies));
+            }
+            _ => {}
+        }
+        if long {
+            chain.readable_after(FRONT_BYTES as u64, &mut self.rest)?;
+            if self.rest.as_iovecs().len() > MAX_PIECES {
+                return Ok(Err(|counters| &counters.tx_buffers));
+            }
+        }
+        Ok(Ok(Fetched { head, long, meta }))
+    }
+
+    /// Hands the frame in `front` and `rest` to the link; `false` if it has no
+    /// room.
+    fn send(&mut self, lane: &mut dyn LinkLane, counters: &NetCounters, frame: Fetched) -> bool {
+        let head = self.front.get(HEADER_BYTES..HEADER_BYTES + frame.head);
+        let sent = TxFrame {
+            head: head.unwrap_or(&[]),
+            rest: if frame.long {
+                &self.rest
+            } else {
+                &self.nothing
+            },
+            meta: frame.meta,
+        };
+        let bytes = sent.bytes() as u64;
+        match lane.send(&sent) {
+            Sent::Done => {
+                counters.tx.frames.add(1);
+                counters.tx.bytes.add(bytes);
+                self.queue.push(self.chain.tag(), 0);
+                true
+            }
+            Sent::Full => {
+                counters.tx_full.add(1);
+                self.stalled = Some(frame);
+                false
+            }
+        }
+    }
+
+    /// Ends a batch.
+    pub(super) fn publish(&mut self, counters: &NetCounters) {
+        match self.queue.publish() {
+            Some(true) => {
+                counters.tx.signals.add(1);
+                self.signal.signal();
+            }
+            Some(false) => counters.tx.signals_suppressed.add(1),
+            None => {}
+        }
+    }
+
+    /// Nothing more is fetched, and what was not sent is the driver's again.
+    pub(super) fn stop(&mut self, counters: &NetCounters) {
+        self.put_back();
+        counters.tx.kicks.add(self.kick.take());
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+}
