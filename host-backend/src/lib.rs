@@ -8,7 +8,10 @@
 //!
 //! - [`disk`]: what a disk really is: memory or a file; sectors in, sectors
 //!   out.
-//! - [`link`]: what a network card is plugged into; frames in, frames out.
+//! - [`link`]: what a network card is plugged into; frames in, frames out. A
+//!   [`tap`](link::tap) of the kernel, a [`switch`](link::switch) in this
+//!   process, or a [`stream`](link::stream) socket; what a receiver does not
+//!   take of a frame is [done in software](link::offload).
 //! - [`memory`]: the guest's memory, never trusted, copied once; behind an
 //!   [`Iommu`](memory::Iommu), if devices are to reach only parts of it.
 //! - [`worker`]: the data plane of a device, driven by whoever links it; and
@@ -63,8 +66,8 @@
 //!
 //! ## Unsafe code
 //!
-//! It stands in [`memory`], in the file disk's system calls, and in the parts
-//! of [`vmm`] that talk to KVM. Every other module forbids it.
+//! It stands in [`memory`], in the system calls of the file disk and of taps,
+//! and in the parts of [`vmm`] that talk to KVM. Every other module forbids it.
 #![deny(unsafe_code)]
 #![cfg_attr(
     not(test),

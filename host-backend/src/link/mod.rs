@@ -7,7 +7,16 @@
 //! [`FrameSink`]. A link takes [every offload](Offloads): what its other end
 //! does not take, it does itself. What it hands to the device is never more than
 //! the device said it takes ([`Link::set_receive`]).
+//!
+//! There are three: a [`tap`] of the host's kernel, a port of a [`switch`] in
+//! this process, and a stream socket. [`offload`] is what they share.
 #![deny(unsafe_code)]
+
+pub mod offload;
+pub mod switch;
+pub mod tap;
+
+mod state;
 
 use crate::memory::IoBufs;
 use crate::worker::{Counter, Interest};
