@@ -2,3 +2,4 @@
 //! that paravirtual devices are compared with.
 
 pub mod ata;
+pub mod e1000;
