@@ -20,8 +20,8 @@ use pvkit_guest::register::PortIo;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
 use pvkit_guest::virtio::transport::{MmioTransport, Transport};
 use pvkit_protocol::emulated::ata::PRIMARY;
-use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::mmio::QUEUE_NOTIFY;
+use pvkit_protocol::virtio::{Features, device_id};
 use pvkit_workload::net::report::NetReport;
 use pvkit_workload::report::{
     Header, JobReport, MAGIC, OUTCOME_FAILED, Sample, net_reports_offset, samples_offset,
@@ -127,8 +127,7 @@ impl Reports<'_> {
         }
         // For monitors that do not take marks.
         let _ = writeln!(Console, "job {number} done");
-        self.ports
-            .write_u32(MARK_PORT, Mark::Done(number).encode());
+        self.ports.write_u32(MARK_PORT, Mark::Done(number).encode());
     }
 }
 
@@ -323,7 +322,15 @@ impl Guest<'_> {
         let by_interrupt = Completion::from_code(job.completion) == Some(Completion::Interrupt);
         let index = job.index.get() as usize;
         let mut free = self.free.borrow_mut();
-        let found = virtio_pci::open(self.ports, self.interrupts, &mut free, index, by_interrupt)?;
+        let kind = device_id::BLOCK;
+        let found = virtio_pci::open(
+            self.ports,
+            self.interrupts,
+            &mut free,
+            kind,
+            index,
+            by_interrupt,
+        )?;
         let machine = self.machine_with(found.line);
         let vector = found.vector;
         let (mut outcome, features) = self.run_virtio(

@@ -15,6 +15,7 @@ mod cpu;
 mod interrupts;
 mod jobs;
 mod memory;
+mod net;
 mod peer;
 mod virtio_pci;
 
