@@ -16,8 +16,8 @@
 //!   [`Iommu`](memory::Iommu), if devices are to reach only parts of it.
 //! - [`worker`]: the data plane of a device, driven by whoever links it; and
 //!   [`executor`], which drives workers on threads for those who want that.
-//! - [`virtio`]: the device half of the split ring, the block device, and the
-//!   virtio-mmio and virtio-pci transports.
+//! - [`virtio`]: the device half of both rings, the block device, the network
+//!   device, and the virtio-mmio and virtio-pci transports.
 //! - [`emulated`], [`pci`] and [`bus`]: a small PCI host bridge, with MSI-X for
 //!   functions that want it; an IDE controller behind it, and a serial port.
 //! - [`vmm`] runs a virtual machine on KVM.

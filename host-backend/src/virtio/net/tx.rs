@@ -131,7 +131,7 @@ impl Transmit {
         }
     }
 
-    /// Sends up to `budget` frames; returns whether there was anything to do.
+    /// Sends up to `budget` frames; returns whether any was sent, or dropped.
     pub(super) fn serve(
         &mut self,
         lane: &mut dyn LinkLane,
@@ -146,7 +146,6 @@ impl Transmit {
             count += 1;
         }
         while count < budget && self.queue.pop(&mut self.chain)? {
-            count += 1;
             match self.fetch()? {
                 Ok(frame) => {
                     if !self.send(lane, counters, frame) {
@@ -158,6 +157,7 @@ impl Transmit {
                     self.queue.push(self.chain.tag(), 0);
                 }
             }
+            count += 1;
             if count.is_multiple_of(SHOW_EVERY) {
                 self.queue.show();
             }

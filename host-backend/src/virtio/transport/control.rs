@@ -2,11 +2,12 @@
 //! queue set-up, and the life of the lanes (virtio 1.3 §2.1, §2.4, §3.1).
 #![forbid(unsafe_code)]
 
+use super::events::Events;
 use crate::event::EventFd;
 use crate::executor::{Executor, Stopped};
 use crate::memory::GuestMemory;
-use crate::virtio::device::{Device, DeviceEvents, Identity, LaneResources, StartError};
-use crate::virtio::queue::{Fault, QueueAddresses, QueueResources};
+use crate::virtio::device::{Device, Identity, LaneResources, StartError};
+use crate::virtio::queue::{QueueAddresses, QueueResources};
 use crate::worker::Signal;
 use pvkit_protocol::virtio::packed::PackedSize;
 use pvkit_protocol::virtio::split::QueueSize;
@@ -15,7 +16,6 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -65,45 +65,6 @@ struct QueueRegisters {
     /// The driver reset it alone, and may set it up again though DRIVER_OK is
     /// set (§2.6.1).
     was_reset: bool,
-}
-
-/// What lanes tell the transport from their own threads.
-#[derive(Debug)]
-struct Events<S> {
-    signals: Arc<S>,
-    needs_reset: AtomicBool,
-    config_generation: AtomicU32,
-    /// DRIVER_OK is set. Before that the driver must not be interrupted
-    /// (§3.1.1).
-    live: AtomicBool,
-    /// The configuration changed before that: the driver may have read what is
-    /// no longer true.
-    news: AtomicBool,
-}
-
-impl<S: TransportSignals> Events<S> {
-    /// Tells a driver that is ready what it may have missed.
-    fn tell(&self) {
-        // The mirror of each other: news before life, or life before news, and
-        // one of both sides sees it.
-        if self.live.load(Ordering::SeqCst) && self.news.swap(false, Ordering::SeqCst) {
-            self.signals.config();
-        }
-    }
-}
-
-impl<S: TransportSignals> DeviceEvents for Events<S> {
-    fn config_changed(&self) {
-        self.config_generation.fetch_add(1, Ordering::AcqRel);
-        self.news.store(true, Ordering::SeqCst);
-        self.tell();
-    }
-
-    fn needs_reset(&self, lane: u16, fault: Fault) {
-        log::warn!("virtio: lane {lane} needs a reset: {fault}");
-        self.needs_reset.store(true, Ordering::Release);
-        self.signals.config();
-    }
 }
 
 /// A device, as far as a driver controls it.
@@ -168,13 +129,7 @@ impl<S: TransportSignals + 'static> Control<S> {
         let kicks = (0..queues)
             .map(|_| EventFd::new().map(Arc::new))
             .collect::<io::Result<Vec<_>>>()?;
-        let events = Arc::new(Events {
-            signals,
-            needs_reset: AtomicBool::new(false),
-            config_generation: AtomicU32::new(0),
-            live: AtomicBool::new(false),
-            news: AtomicBool::new(false),
-        });
+        let events = Arc::new(Events::new(signals));
         device.connect(events.clone());
         Ok(Self {
             lanes: vec![Phase::default(); identity.lanes.len()],
@@ -223,7 +178,7 @@ impl<S: TransportSignals + 'static> Control<S> {
     pub fn status(&mut self) -> DeviceStatus {
         self.finish_reset();
         let mut status = self.status;
-        if self.events.needs_reset.load(Ordering::Acquire) {
+        if self.events.is_broken() {
             status |= DeviceStatus::DEVICE_NEEDS_RESET;
         }
         status
@@ -266,8 +221,7 @@ impl<S: TransportSignals + 'static> Control<S> {
         self.status = status;
         if start {
             self.start();
-            self.events.live.store(true, Ordering::SeqCst);
-            self.events.tell();
+            self.events.started();
         }
     }
 
@@ -312,7 +266,7 @@ impl<S: TransportSignals + 'static> Control<S> {
     /// Changes whenever the configuration may have.
     #[must_use]
     pub fn config_generation(&self) -> u32 {
-        self.events.config_generation.load(Ordering::Acquire)
+        self.events.config_generation()
     }
 
     /// The driver reads configuration space.
@@ -549,8 +503,7 @@ impl<S: TransportSignals + 'static> Control<S> {
         let Some(lane) = lane else { return };
         if let Err(error) = self.start_lane(lane) {
             log::warn!("virtio: lane {lane} does not start: {error}");
-            self.events.needs_reset.store(true, Ordering::Release);
-            self.events.signals.config();
+            self.events.broke();
         }
     }
 
@@ -611,7 +564,7 @@ impl<S: TransportSignals + 'static> Control<S> {
     fn begin_reset(&mut self) {
         if !self.resetting {
             self.resetting = true;
-            self.events.live.store(false, Ordering::SeqCst);
+            self.events.stopping();
             for lane in 0..self.lanes.len() as u16 {
                 if self.phase(lane) != Phase::Stopped {
                     self.executor.begin_stop(lane);
@@ -633,9 +586,7 @@ impl<S: TransportSignals + 'static> Control<S> {
         }
         self.device.reset();
         self.set_lanes(self.identity.lanes.clone());
-        self.events.news.store(false, Ordering::SeqCst);
-        self.events.needs_reset.store(false, Ordering::Release);
-        self.events.signals.reset();
+        self.events.reset();
         self.queues.fill(QueueRegisters::default());
         self.driver_features = Features::empty();
         self.status = DeviceStatus::empty();

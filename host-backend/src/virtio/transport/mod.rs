@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod control;
+mod events;
 mod mmio;
 mod pci;
 

@@ -84,6 +84,14 @@ impl PackedRing {
     pub fn boot_with(guest: &mut Guest, size: u16, features: Features) -> Self {
         assert!(features.contains(Features::RING_PACKED), "{features:?}");
         assert!(guest.negotiate(features), "the device refuses {features:?}");
+        let ring = Self::set_up(guest, size, features);
+        guest.go();
+        ring
+    }
+
+    /// Sets up the guest's queue, after the negotiation of these features and
+    /// before DRIVER_OK.
+    pub fn set_up(guest: &mut Guest, size: u16, features: Features) -> Self {
         let layout = guest.layout;
         // A script may place rings where there is no RAM.
         let _ = guest
@@ -92,7 +100,7 @@ impl PackedRing {
         let _ = guest.ram.write(layout.avail, &[0; 4]);
         let _ = guest.ram.write(layout.used, &[0; 4]);
         guest.size = size;
-        guest.set_up_queue_at(layout).go();
+        guest.set_up_queue_at(layout);
         Self {
             size: u32::from(size),
             posted: 0,
