@@ -415,7 +415,8 @@ impl<R: Registers> E1000<R> {
     /// again. Buffers come back as soon as the card has been reset, whatever
     /// goes wrong after that, and none before. With a half of another card
     /// ([`E1000Error::ForeignHalf`]) nothing happens.
-    /// [`E1000Error::Stock`] if buffers for frames to be received were lost.
+    /// [`E1000Error::Stock`] if buffers for frames to be received were lost:
+    /// see [`E1000Rx::restock`].
     pub fn recover<B: NetBuf, C: NetBuf, S: DmaSpace<Addr = u64>>(
         &mut self,
         tx: &mut E1000Tx<B, S, R>,

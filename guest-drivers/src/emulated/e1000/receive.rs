@@ -47,7 +47,7 @@ pub struct ReceiveCounters {
     /// Register writes that asked for interrupts.
     pub mask_writes: u64,
     /// Buffers that could not be taken back from the device's reach, and are
-    /// leaked.
+    /// leaked: each is a [`Fault::NeedsReset`], for the ring has a hole then.
     pub lost: u64,
     /// Faults.
     pub faults: u64,
@@ -164,6 +164,24 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Rx<C, S, R> {
         }
     }
 
+    /// Replaces buffers that were [lost](ReceiveCounters::lost), when
+    /// [`recover`](super::E1000::recover) has reset the card and found that
+    /// some are missing; says how many. Does nothing in other states.
+    pub fn restock(&mut self, stock: &mut dyn FnMut() -> Option<C>) -> usize {
+        if self.state == State::Live || self.ring.filled() != 0 {
+            return 0;
+        }
+        let count = self.ring.size() as usize;
+        let places = self.stock.iter_mut().take(count);
+        places
+            .filter(|place| place.is_none())
+            .map(|place| {
+                *place = stock();
+                usize::from(place.is_some())
+            })
+            .sum()
+    }
+
     /// With [`Masking::Never`], interrupts that were asked for once go on to
     /// come. This takes the wish back, for one register write.
     pub fn disarm(&mut self) {
@@ -271,10 +289,16 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Rx<C, S, R> {
     fn release(&mut self, end: u64) {
         self.released = end;
         self.refill();
-        let ready = self.ring.filled().min(self.seen + self.ring.size() - 1);
-        if ready.saturating_sub(self.ring.shown()) >= u64::from(self.setup.repost_every) {
+        if self.ready() - self.ring.shown() >= u64::from(self.setup.repost_every) {
             self.ring_tail();
         }
+    }
+
+    /// The end of the descriptors that the device can have.
+    #[inline]
+    fn ready(&self) -> u64 {
+        let most = self.ring.done() + self.ring.size() - 1;
+        self.ring.filled().min(most).max(self.ring.shown())
     }
 
     /// Writes descriptors for the buffers that nobody uses. What does not work
@@ -291,9 +315,17 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Rx<C, S, R> {
 
     /// Shows the device all that is ready.
     pub(super) fn ring_tail(&mut self) {
-        let before = self.ring.shown();
-        self.ring.show(self.ring.filled());
-        self.counters.doorbells += u64::from(self.ring.shown() != before);
+        let (shown, ready) = (self.ring.shown(), self.ready());
+        if ready == shown {
+            return;
+        }
+        if let Some(forged) = (shown..ready).find(|number| self.ring.is_forged(*number)) {
+            let id = self.ring.place(forged) as u16;
+            self.retire(Fault::NotInFlight { id });
+            return;
+        }
+        self.counters.doorbells += 1;
+        self.ring.show(ready);
     }
 
     /// Retires the half because of a fault that is reported now.

@@ -227,8 +227,8 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
         self.filled
     }
 
-    /// The register with which the device is shown descriptors, and the value
-    /// of it for a descriptor: its place.
+    /// Where a descriptor stands in the ring, which is also how the head and
+    /// tail registers name it.
     #[inline]
     pub(super) fn place(&self, number: u64) -> usize {
         // The size is a power of two, at most 2^15.
@@ -300,8 +300,9 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
         slot.0.as_mut().filter(|loan| loan.first == first)
     }
 
-    /// Writes the next descriptor, which the device is not done with. Does
-    /// nothing if the device may have what stands there.
+    /// Writes the next descriptor, which the device is not done with: about the
+    /// buffer that was [lent](Self::lend) last, or none. Does nothing if the
+    /// device may have what stands there.
     #[inline]
     pub(super) fn push(&mut self, [low, high]: [u64; 2]) {
         if self.filled - self.done >= self.size {
@@ -382,7 +383,7 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
         let slot = &mut shared.slots.get_mut(place)?.0;
         let loan = slot.as_ref().filter(|loan| loan.first == first)?;
         let end = first + u64::from(loan.descriptors);
-        let free = end <= self.done || first >= self.shown || self.quiesced;
+        let free = end <= self.done || first >= self.filled || self.quiesced;
         if !free {
             return None;
         }
@@ -392,9 +393,8 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
             .segments
             .get(at..at + usize::from(loan.segments))
             .unwrap_or(&[]);
-        // SAFETY: the device is done with all descriptors of the buffer, or was
-        // never shown the first of them, or was reset since it was told about
-        // the ring.
+        // SAFETY: the device is done with all descriptors of the buffer, or none
+        // was written, or it was reset since it was told about the ring.
         unsafe { loan.lent.give_back(&self.space, segments, written) }
     }
 

@@ -99,6 +99,9 @@ pub struct TransmitCounters {
     /// Checksums that the driver made, because the chip's numbers do not reach
     /// so far.
     pub software_checksums: u64,
+    /// Buffers that could not be taken back from the device's reach, and are
+    /// leaked.
+    pub lost: u64,
     /// Faults.
     pub faults: u64,
 }
@@ -440,6 +443,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> NetTx<B> for E1000Tx<B, S
             if buffer.is_some() {
                 return Ok(buffer);
             }
+            self.counters.lost += 1;
         }
     }
 
