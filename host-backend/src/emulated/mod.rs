@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod ata;
+pub mod e1000;
 #[cfg(feature = "vmm")]
 pub mod serial;

@@ -49,9 +49,26 @@ impl MemoryPool {
 /// [`NoRoom`] if the pool is too small; registers may have been assigned by
 /// then, and decode nothing.
 pub fn assign_memory(function: &mut dyn PciFunction, pool: &mut MemoryPool) -> Result<(), NoRoom> {
+    assign(function, pool, Space::Memory, Command::MEMORY)
+}
+
+/// The same for base address registers of ports; the pool is one of ports.
+///
+/// # Errors
+/// As for [`assign_memory`].
+pub fn assign_ports(function: &mut dyn PciFunction, pool: &mut MemoryPool) -> Result<(), NoRoom> {
+    assign(function, pool, Space::Port, Command::IO)
+}
+
+fn assign(
+    function: &mut dyn PciFunction,
+    pool: &mut MemoryPool,
+    space: Space,
+    decode: Command,
+) -> Result<(), NoRoom> {
     let bars: Vec<(u8, Bar)> = function.config().bars().collect();
     for (index, bar) in bars {
-        if bar.space() != Space::Memory {
+        if bar.space() != space {
             continue;
         }
         let address = pool.take(bar.size())?.to_le_bytes();
@@ -61,7 +78,7 @@ pub fn assign_memory(function: &mut dyn PciFunction, pool: &mut MemoryPool) -> R
         };
         function.write_config(header::bar(index), address.get(..bytes).unwrap_or(&address));
     }
-    let command = function.config().command() | Command::MEMORY;
+    let command = function.config().command() | decode;
     function.write_config(header::COMMAND, &command.bits().to_le_bytes());
     Ok(())
 }

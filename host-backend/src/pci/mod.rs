@@ -39,7 +39,7 @@ mod msix;
 mod root;
 
 pub use config::{Bar, ConfigError, ConfigSpace, FunctionId, Space, Window};
-pub use firmware::{MemoryPool, NoRoom, assign_memory};
+pub use firmware::{MemoryPool, NoRoom, assign_memory, assign_ports};
 pub use intx::{Intx, IntxLines, IntxPin};
 pub use msix::{Message, Messages, Msix, MsixControl};
 pub use root::{AttachError, ConfigPorts, PciRoot};

@@ -3,6 +3,7 @@
 
 use super::x86_64::LoadError;
 use crate::emulated::ata::IdeError;
+use crate::emulated::e1000::E1000Error;
 use crate::pci::{AttachError, NoRoom};
 use crate::virtio::transport::PciError;
 use std::io;
@@ -74,6 +75,9 @@ pub enum VmError {
     /// The IDE controller cannot be made.
     #[error("IDE: {0}")]
     Ide(#[from] IdeError),
+    /// The network card cannot be made.
+    #[error("e1000: {0}")]
+    E1000(#[from] E1000Error),
     /// A PCI function cannot be attached.
     #[error("PCI: {0}")]
     Pci(#[from] AttachError),

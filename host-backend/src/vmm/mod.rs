@@ -1,6 +1,6 @@
 //! A small virtual machine monitor on KVM: it boots an ELF image by PVH, and
-//! gives it virtio devices by virtio-mmio or PCI, an IDE controller and a
-//! serial port.
+//! gives it virtio devices by virtio-mmio or PCI, an IDE controller, network
+//! cards of old and a serial port.
 //!
 //! Put a machine together with [`Vm::new`] and the `add_…` calls, load an
 //! image ([`Vm::load`]), and [`run`](Vm::run) it. Each vCPU and each lane of a
@@ -8,6 +8,7 @@
 //! guest cannot hang it: a [`Stopper`] ends it from any thread.
 
 mod bus;
+mod e1000;
 mod error;
 mod exits;
 mod footprint;
@@ -144,6 +145,8 @@ pub struct Vm {
     pci: Option<Arc<PciRoot>>,
     /// Addresses for the registers of PCI functions.
     pci_memory: MemoryPool,
+    /// Ports for them.
+    pci_ports: MemoryPool,
     /// The next free slot of the PCI bus.
     pci_slot: u8,
     routes: Arc<Routes>,
@@ -216,6 +219,7 @@ impl Vm {
             doorbells: Vec::new(),
             pci: None,
             pci_memory: MemoryPool::new(layout::PCI_MEMORY.start, layout::PCI_MEMORY.end),
+            pci_ports: MemoryPool::new(layout::PCI_PORTS.start, layout::PCI_PORTS.end),
             pci_slot: layout::PCI_FIRST_SLOT,
             executors: Vec::new(),
         };
@@ -350,13 +354,7 @@ impl Vm {
         options: PciOptions,
     ) -> Result<Bdf, VmError> {
         let root = self.pci()?;
-        if self.pci_slot >= pci::SLOTS {
-            return Err(VmError::TooMany {
-                what: "PCI devices",
-                most: usize::from(pci::SLOTS - layout::PCI_FIRST_SLOT),
-            });
-        }
-        let place = Bdf::new(self.pci_slot, 0);
+        let place = self.free_slot()?;
         let executor = Threads::new(&format!("pvkit-pci{}", place.slot), threads);
         let running = executor.running();
         let vectors = self
@@ -373,16 +371,22 @@ impl Vm {
         let doorbells = doorbells.map_err(host("an event counter"))?;
         function.set_doorbells(Box::new(doorbells));
         assign_memory(&mut function, &mut self.pci_memory)?;
-        let line = intx_line(place.slot, function.config().interrupt_pin());
-        if let Some(gsi) = layout::PCI_GSIS.get(usize::from(line)) {
-            function
-                .config_mut()
-                .set(header::INTERRUPT_LINE, &[*gsi as u8]);
-        }
+        set_interrupt_line(place, &mut function);
         root.attach(place, Arc::new(Mutex::new(function)))?;
         self.threads.lanes.push(running);
         self.pci_slot += 1;
         Ok(place)
+    }
+
+    /// The next free slot of the PCI bus; who uses it counts `pci_slot` up.
+    fn free_slot(&self) -> Result<Bdf, VmError> {
+        if self.pci_slot >= pci::SLOTS {
+            return Err(VmError::TooMany {
+                what: "PCI devices",
+                most: usize::from(pci::SLOTS - layout::PCI_FIRST_SLOT),
+            });
+        }
+        Ok(Bdf::new(self.pci_slot, 0))
     }
 
     /// The PCI bus, with its host bridge and ISA bridge; made when it is first
@@ -535,6 +539,16 @@ impl Vm {
         }
         VcpuThread::end(running);
         Ok(stop)
+    }
+}
+
+/// Tells the guest where the pin of a function ends, as firmware would.
+fn set_interrupt_line(place: Bdf, function: &mut dyn PciFunction) {
+    let line = intx_line(place.slot, function.config().interrupt_pin());
+    if let Some(gsi) = layout::PCI_GSIS.get(usize::from(line)) {
+        function
+            .config_mut()
+            .set(header::INTERRUPT_LINE, &[*gsi as u8]);
     }
 }
 

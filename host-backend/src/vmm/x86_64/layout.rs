@@ -39,6 +39,8 @@ pub(in crate::vmm) const PCI_GSIS: [u32; 4] = [5, 7, 10, 11];
 /// Addresses for the registers of PCI functions, below those of interrupt
 /// controllers.
 pub(in crate::vmm) const PCI_MEMORY: Range<u64> = 0xe000_0000..0xfe00_0000;
+/// Ports for them, where nothing of old has any.
+pub(in crate::vmm) const PCI_PORTS: Range<u64> = 0xc000..0x1_0000;
 /// First slot that no bridge stands in.
 pub(in crate::vmm) const PCI_FIRST_SLOT: u8 = 2;
 
