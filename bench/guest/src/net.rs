@@ -8,12 +8,13 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use pvkit_guest::dma::LinearSpace;
 use pvkit_guest::emulated::e1000::{
-    E1000, E1000Interrupts, E1000Options, E1000Rx, E1000Tx, Masking, attach, find,
+    E1000, E1000Interrupts, E1000Options, E1000Rx, E1000Tx, Masking, attach,
 };
 use pvkit_guest::net::NetLimits;
 use pvkit_guest::pci::PciConfig;
 use pvkit_guest::virtio::net::{Net, NetOptions, RxOf, TxOf};
 use pvkit_guest::virtio::transport::{MmioTransport, Transport};
+use pvkit_protocol::emulated::e1000::pci;
 use pvkit_protocol::pci::Command;
 use pvkit_protocol::virtio::{Features, device_id};
 use pvkit_workload::net::job::{NetDevice, NetJob};
@@ -69,7 +70,12 @@ impl Guest<'_> {
 
     fn run_e1000(&self, job: &NetJob, number: u32, samples: &mut [Sample]) -> Outcome {
         let config = PciConfig::new(self.ports.clone());
-        let function = find(&config).ok_or("no e1000")?;
+        let index = job.index.get();
+        let function = config
+            .functions()
+            .filter(|found| (found.vendor, found.device) == (pci::VENDOR, pci::DEVICE))
+            .nth(index as usize)
+            .ok_or_else(|| format!("no e1000 {index}"))?;
         let mut free = self.free.borrow_mut();
         let registers = attach(&config, &function, &mut free, virtio_pci::map)
             .map_err(|error| error.to_string())?;

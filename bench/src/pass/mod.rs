@@ -25,7 +25,7 @@ pub const REPORT_ADDR: u64 = 64 << 20;
 /// Room for the report: the rest of memory but a piece for the script.
 pub const REPORT_BYTES: u64 = 160 << 20;
 /// Most requests of one measurement, so that all samples of a pass fit.
-const MAX_SAMPLES: u64 = REPORT_BYTES / size_of::<Sample>() as u64;
+pub(crate) const MAX_SAMPLES: u64 = REPORT_BYTES / size_of::<Sample>() as u64;
 
 /// A row that is to be measured in a pass.
 #[derive(Debug, Clone, Copy)]

@@ -28,7 +28,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// The interface's name. Each has a namespace of its own.
-const NAME: &str = "pvkit";
+pub(crate) const NAME: &str = "pvkit";
 /// Frames that may wait for the tap's reader.
 const QUEUE_FRAMES: i32 = 4096;
 /// Frames that the generator lets wait there: what is beyond is lost.
