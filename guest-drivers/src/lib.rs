@@ -15,7 +15,10 @@
 //!   submit, publish, complete, arm.
 //! - [`net`]: the contract of every network driver here: frames out, frames in,
 //!   and the work on them that one side leaves to the other.
-//! - [`virtio`]: virtio-blk on the split ring over virtio-mmio and virtio-pci.
+//!   [`net::pool`] keeps buffers for it; the features `smoltcp` and `embassy`
+//!   put those network stacks on top.
+//! - [`virtio`]: virtio-blk and virtio-net on split and packed rings over
+//!   virtio-mmio and virtio-pci.
 //! - [`pci`]: finding functions, giving them ports and memory, and interrupts
 //!   by message.
 //! - [`emulated`]: drivers of the chips that hypervisors imitate, for
@@ -53,6 +56,41 @@
 //! done.result?;
 //! println!("{} bytes of {} sectors", done.buffer.unwrap().len(), block.limits().capacity);
 //! # Ok(())
+//! # }
+//! ```
+//!
+//! ## A network card in twenty more
+//!
+//! ```no_run
+//! # use core::ptr::NonNull;
+//! # use pvkit_guest::dma::LinearSpace;
+//! # use pvkit_guest::register::MmioRegisters;
+//! # use pvkit_guest::virtio::transport::MmioTransport;
+//! use pvkit_guest::net::pool::Sender;
+//! use pvkit_guest::net::{FrameMeta, NetRx};
+//! use pvkit_guest::virtio::{Net, NetOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let base = NonNull::new(core::ptr::with_exposed_provenance_mut(0xd000_0200)).unwrap();
+//! # // SAFETY: a virtio-mmio window, mapped uncached, that nobody else uses.
+//! # let registers = unsafe { MmioRegisters::new(base, 0x200) };
+//! # // SAFETY: memory is identity mapped, for devices too.
+//! # let space = unsafe { LinearSpace::new(0) };
+//! # let transport = MmioTransport::new(registers)?;
+//! let buffer = || vec![0u8; 2048].into_boxed_slice();
+//! let (net, (tx, mut rx)) =
+//!     Net::open(transport, space, NetOptions::default(), &mut || Some(buffer()))?;
+//! println!("{:?}, link {:?}", net.limits(), net.link());
+//!
+//! let mut sender = Sender::heap(tx, 64, buffer);
+//! sender.send(60, &FrameMeta::PLAIN, |frame| frame.fill(0xff))?;
+//! sender.publish();
+//! loop {
+//!     while let Some(frame) = rx.recv()? {
+//!         println!("{} bytes", frame.bytes());
+//!     }
+//!     rx.publish();
+//! }
 //! # }
 //! ```
 //!

@@ -9,9 +9,25 @@
 //! frame to the caller ([`recv`](NetRx::recv)), and has the buffers back when
 //! that is dropped. Nothing is copied, and nothing waits.
 //!
+//! [`pool`] keeps buffers for a queue that transmits; with the features of
+//! their names, `smoltcp` and `embassy` make a pair of queues a device of those
+//! network stacks.
+//!
 //! Before a driver sleeps until the next interrupt, it arms the queues from
 //! which it wants to hear ([`arm`](NetRx::arm)).
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "embassy")]
+pub mod embassy;
+pub mod pool;
+#[cfg(feature = "smoltcp")]
+pub mod smoltcp;
+
+#[cfg(all(test, feature = "alloc"))]
+#[cfg_attr(not(any(feature = "smoltcp", feature = "embassy")), allow(dead_code))]
+mod fake;
+#[cfg(any(feature = "smoltcp", feature = "embassy"))]
+mod offload;
 
 use crate::dma::{DmaBufMut, DmaError};
 use crate::fault::Fault;

@@ -531,6 +531,11 @@ impl BusDevice for NetDevice {
             mmio::QUEUE_DEVICE_LOW => low(&mut place.used),
             mmio::QUEUE_DEVICE_HIGH => high(&mut place.used),
             mmio::QUEUE_READY => place.ready = value,
+            mmio::QUEUE_RESET => {
+                if let Some(lane) = self.lanes.get_mut(self.selected) {
+                    *lane = Lane::default();
+                }
+            }
             mmio::QUEUE_NOTIFY => {
                 let queue = value as usize & 0xffff;
                 if let Some(lane) = self.lanes.get_mut(queue) {

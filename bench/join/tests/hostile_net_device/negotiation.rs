@@ -1,13 +1,16 @@
 //! Lies in registers and in the configuration space.
 
-use super::{Scene, options};
-use pvkit_guest::net::{MacAddress, NetRx, NetTx};
+use super::{BUFFERS, Scene, buffer, frame, options};
+use pvkit_guest::net::{FrameMeta, MacAddress, NetRx, NetTx};
+use pvkit_guest::storage::Storage;
 use pvkit_guest::virtio::init::InitError;
-use pvkit_guest::virtio::net::{Net, NetOptions};
+use pvkit_guest::virtio::net::{CONTROL_SIZE, Command, Net, NetOptions, PairStorage};
+use pvkit_guest::virtio::queue::{QueueError, QueueStorage};
 use pvkit_guest::virtio::transport::Events;
 use pvkit_join::arena::Arena;
 use pvkit_join::hostile::net_device::{NetDevice, net_device, transport};
 use pvkit_protocol::virtio::net::{NetConfig, NetFeatures};
+use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{DeviceStatus, Features, mmio};
 
 /// What opening such a device comes to; nothing is lost with it.
@@ -17,7 +20,10 @@ fn open(prepare: impl FnOnce(&mut NetDevice), options: NetOptions) -> InitError 
     prepare(&mut wire.device());
     let make = &mut || Some(vec![0u8; options.buffer_bytes]);
     let opened = Net::open_pairs(transport(&wire), arena.space(), options, make);
-    let error = opened.err().expect("a device that cannot be used");
+    let error = opened.expect_err("a device that cannot be used");
+    let status = wire.device().status;
+    let over = status.is_empty() || status.contains(DeviceStatus::FAILED);
+    assert!(over, "{error}: left at {status:?}");
     assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "{error}");
     error
 }
@@ -158,7 +164,7 @@ fn a_device_that_does_not_become_ready() {
 
 #[test]
 fn a_device_that_asks_to_be_reset() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     scene.device().need_reset();
     assert!(scene.net.claim_events().contains(Events::NEEDS_RESET));
     scene.assert_recovers("reset", 0);
@@ -227,4 +233,77 @@ fn one_queue_is_reset_by_itself() {
     let missing = scene.net.reset_receive(&mut scene.rx);
     assert!(matches!(missing, Err(InitError::Missing { .. })));
     scene.works("");
+    let reset = |device: &mut NetDevice| device.features |= Features::RING_RESET;
+    let mut scene = Scene::with(reset, options());
+    let mut other = Scene::with(reset, options());
+    for round in 0..3 {
+        let out = buffer(&frame(1, 60));
+        scene.tx.submit(out, 60, &FrameMeta::PLAIN).unwrap();
+        scene.tx.publish();
+        let mut back = 0;
+        let foreign = other.net.reset_transmit(&mut scene.tx, &mut |_| back += 1);
+        assert_eq!((foreign, back), (Err(InitError::ForeignQueue), 0));
+        let reset = scene.net.reset_transmit(&mut scene.tx, &mut |_| back += 1);
+        assert_eq!((reset, back), (Ok(()), 1), "round {round}");
+        scene.net.reset_receive(&mut scene.rx).unwrap();
+        scene.works("after resets of queues");
+    }
+    assert_eq!(scene.device().resets, 1, "of the device");
+    scene.assert_closes("");
+}
+
+#[test]
+fn memory_that_is_handed_in() {
+    let size = |count| QueueSize::new(count).unwrap();
+    let arena = Arena::new(4 << 20);
+    let storage = |transmit, segments| PairStorage {
+        transmit: QueueStorage::heap(size(transmit), segments),
+        receive: QueueStorage::heap(size(32), 4),
+        buffers: Storage::heap(BUFFERS.into(), || Some(vec![0u8; 2048])),
+    };
+    let control = || Some(QueueStorage::heap(size(CONTROL_SIZE.into()), 1));
+    for (storage, control, what) in [
+        (storage(16, 4), control(), "slots"),
+        (storage(32, 3), control(), "segments"),
+        (
+            storage(32, 4),
+            Some(QueueStorage::heap(size(2), 1)),
+            "slots",
+        ),
+    ] {
+        let wire = net_device(&arena);
+        let opened = Net::open_in(transport(&wire), arena.space(), options(), storage, control);
+        let error = opened.expect_err("too little memory");
+        assert!(
+            matches!(error, InitError::Queue(QueueError::Storage { what: found, .. }) if found == what),
+            "{error}"
+        );
+        assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "{error}");
+        assert_eq!(wire.device().status, DeviceStatus::empty(), "{error}");
+    }
+    // Without memory for it, there is no control queue.
+    for control in [control(), None] {
+        let wire = net_device(&arena);
+        let has = control.is_some();
+        let (mut net, (tx, rx)) = Net::open_in(
+            transport(&wire),
+            arena.space(),
+            options(),
+            storage(32, 4),
+            control,
+        )
+        .unwrap();
+        let features = NetFeatures::from(net.features());
+        assert_eq!(features.contains(NetFeatures::CTRL_VQ), has);
+        assert_eq!(net.command(&Command::Promiscuous(true)).is_ok(), has);
+        let mut scene = Scene {
+            arena: arena.clone(),
+            wire,
+            net,
+            tx,
+            rx,
+        };
+        scene.works("handed in");
+        scene.assert_closes("handed in");
+    }
 }

@@ -1,9 +1,13 @@
 //! What the device gets to see of frames that are sent.
 
-use super::{Scene, TX, buffer, frame, options};
+use super::{RX, Scene, TX, buffer, frame, options};
 use pvkit_guest::net::{
-    BadFrame, Checksum, FrameMeta, HEADROOM, NetTx, Offloads, Reason, SegmentKind, Segmentation,
+    BadFrame, Checksum, FrameMeta, HEADROOM, NetRx, NetTx, Offloads, Reason, SegmentKind,
+    Segmentation,
 };
+use pvkit_guest::virtio::net::{Net, NetOptions};
+use pvkit_join::arena::Arena;
+use pvkit_join::hostile::net_device::{net_device, transport};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::{HEADER_BYTES, NetFeatures, NetHeader, gso};
 use zerocopy::FromBytes;
@@ -161,4 +165,82 @@ fn a_full_queue_refuses_and_never_waits() {
         assert_eq!(back[HEADROOM..HEADROOM + 60], out);
     }
     scene.assert_closes("");
+}
+
+#[test]
+fn buffers_in_several_segments_go_through_tables_or_chains() {
+    for (ring, indirect) in [
+        (Features::empty(), true),
+        (Features::empty(), false),
+        (Features::RING_PACKED, true),
+        (Features::RING_PACKED, false),
+    ] {
+        let arena = Arena::new(4 << 20);
+        let wire = net_device(&arena);
+        wire.device().features |= ring;
+        wire.device()
+            .features
+            .set(Features::INDIRECT_DESC, indirect);
+        let options = NetOptions {
+            receive_buffers: 6,
+            ..options()
+        };
+        let space = arena.space().with_segments_of(512);
+        let make = &mut || Some(vec![0; 2048]);
+        let (net, (mut tx, mut rx)) = Net::open(transport(&wire), space, options, make).unwrap();
+        let name = format!("{ring:?}, indirect {indirect}");
+        for round in 0..50 {
+            let out = frame(round, 1000);
+            tx.submit(buffer(&out), 1000, &FrameMeta::PLAIN).unwrap();
+            tx.publish();
+            let mut device = wire.device();
+            let chains = device.fetch(TX);
+            assert_eq!(chains[0].indirect, indirect, "{name}");
+            let lengths: Vec<_> = chains[0].readable.iter().map(|(_, len)| *len).collect();
+            assert_eq!(lengths, [512, 500], "{name}: header and frame, and no more");
+            assert_eq!(device.read_chain(&chains[0])[HEADER_BYTES..], out);
+            let units = chains[0].units;
+            device.push(TX, chains[0].head.into(), 0, units).publish(TX);
+            let chains = device.fetch(RX);
+            assert_eq!(chains[0].room(), 2048);
+            assert_eq!(chains[0].writable.len(), 4, "{name}");
+            let taken = device.deliver(RX, &chains, NetHeader::default(), &out);
+            let left: u32 = chains[taken..].iter().map(|c| u32::from(c.units)).sum();
+            device.lanes[RX].fetched -= left;
+            drop(device);
+            assert!(tx.complete().unwrap().is_some(), "{name}");
+            let got = rx.recv().unwrap().expect("a frame");
+            assert_eq!(got.as_slice(), Some(&out[..]), "{name}");
+            drop(got);
+            rx.publish();
+        }
+        // More segments than a chain may have.
+        let long = tx.submit(vec![0; 4000], 3000, &FrameMeta::PLAIN);
+        assert!(matches!(long.unwrap_err().reason, Reason::Frame(_)));
+        let mut back = 0;
+        net.close([(tx, rx)], &mut |_| back += 1).unwrap();
+        assert_eq!((back, arena.in_use(), arena.leaked()), (6, 0, 0), "{name}");
+    }
+}
+
+#[test]
+fn what_lies_behind_a_frame_is_not_shared() {
+    let arena = Arena::new(4 << 20);
+    let wire = net_device(&arena);
+    let make = &mut || Some(vec![0; 2048]);
+    let options = NetOptions {
+        receive_buffers: 4,
+        ..options()
+    };
+    let (net, (mut tx, rx)) = Net::open(transport(&wire), arena.space(), options, make).unwrap();
+    let before = arena.in_use();
+    let mut long = vec![0xdd; 1 << 20];
+    long[HEADROOM..HEADROOM + 60].copy_from_slice(&frame(1, 60));
+    tx.submit(long, 60, &FrameMeta::PLAIN).unwrap();
+    assert!(arena.in_use() - before < 256, "a copy of what is sent");
+    tx.publish();
+    assert_eq!(wire.device().transmit(TX)[0][HEADER_BYTES..], frame(1, 60));
+    let back = tx.complete().unwrap().expect("a buffer");
+    assert_eq!((back.len(), back[HEADROOM + 60]), (1 << 20, 0xdd));
+    net.close([(tx, rx)], &mut |_| {}).unwrap();
 }

@@ -109,15 +109,11 @@ where
         let mut received = 0;
         let mut heard = self.machine.now();
         while received < count {
-            let length = self
-                .target
-                .halves()
-                .1
-                .recv()?
-                .map(|frame| (frame.copy_to(&mut copy), frame.bytes()));
+            let found = self.target.halves().1.recv()?;
+            let copied = found.map(|frame| frame.copy_to(&mut copy));
             self.rx().publish();
             let now = self.machine.now();
-            let Some((copied, length)) = length else {
+            let Some(copied) = copied else {
                 if now.saturating_sub(heard) > self.ticks(SILENCE_MS) {
                     break;
                 }

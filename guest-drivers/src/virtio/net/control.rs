@@ -8,7 +8,7 @@ use super::Net;
 use crate::dma::DmaSpace;
 use crate::fault::Fault;
 use crate::net::{MacAddress, Offloads};
-use crate::virtio::queue::{PostError, Queue};
+use crate::virtio::queue::PostError;
 use crate::virtio::transport::Transport;
 use core::hint::spin_loop;
 use pvkit_protocol::virtio::net::{
@@ -350,12 +350,6 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
         })
     }
 
-    fn control_queue(
-        &mut self,
-    ) -> Result<&mut Queue<&'static mut [u8], (), S, T::Doorbell>, ControlError> {
-        self.control.as_mut().ok_or(ControlError::Unsupported)
-    }
-
     /// Hands a command to the device, and does not wait;
     /// [`poll_command`](Net::poll_command) has the answer.
     ///
@@ -383,7 +377,7 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
                 Table::of(unicast, multicast).ok_or(ControlError::Argument)?;
         }
         let data = encoded.data.bytes.get(..encoded.data.count).unwrap_or(&[]);
-        let queue = self.control_queue()?;
+        let queue = self.control.as_mut().ok_or(ControlError::Unsupported)?;
         queue
             .post_inline(encoded.header.as_bytes(), data, ())
             .map_err(|error| match error {
@@ -399,12 +393,11 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
     /// there is no such command.
     pub fn poll_command(&mut self) -> Option<Result<(), ControlError>> {
         self.settings.pending?;
-        let done = match self.control_queue().and_then(|queue| Ok(queue.complete()?)) {
-            Ok(None) => return None,
-            Ok(Some(done)) => done,
-            Err(error) => {
+        let done = match self.control.as_mut()?.complete() {
+            Ok(done) => done?,
+            Err(fault) => {
                 self.settings.forget_pending();
-                return Some(Err(error));
+                return Some(Err(fault.into()));
             }
         };
         let change = self.settings.pending.take();

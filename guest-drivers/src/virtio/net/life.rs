@@ -170,8 +170,18 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
         let wanted = places.as_mut().len();
         let allow = supported(wanted, control.is_some()) & (options.allow | Features::VERSION_1);
         let (features, _) = negotiate(&mut transport, allow, &options)?;
-        let said = limits::read(&transport, features, &options)?;
-        check_buffers(features, said.mtu, options.buffer_bytes)?;
+        let said = limits::read(&transport, features, &options).and_then(|said| {
+            check_buffers(features, said.mtu, options.buffer_bytes)?;
+            Ok(said)
+        });
+        let said = match said {
+            Ok(said) => said,
+            Err(error) => {
+                // It knows of no queue yet: whether it resets is all the same.
+                let _ = transport.reset();
+                return Err(error);
+            }
+        };
         let (transmit, receive) = limits::offloads(features);
         let mut net = Self {
             transport,
@@ -243,6 +253,8 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
             let max_frame = max_frame_bytes(self.limits.mtu);
             let net = NetFeatures::from(self.features);
             let mergeable = net.contains(NetFeatures::MRG_RXBUF);
+            // Before anything is posted: a queue that is dropped keeps what it has.
+            let tx_queue = self.make_queue(space, self.shape(transmit, sizes.1), tx_memory)?;
             let rx_queue = self.make_queue(space, self.shape(receive, sizes.0), rx_memory)?;
             let mut rx =
                 RxOf::<B, S, T>::new(rx_queue, stock, mergeable, self.limits.receive, max_frame);
@@ -250,7 +262,6 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
             if rx.queue.unshown() == 0 {
                 return Err(InitError::NoBuffers);
             }
-            let tx_queue = self.make_queue(space, self.shape(transmit, sizes.1), tx_memory)?;
             let tx = TxOf::<B, S, T> {
                 queue: tx_queue,
                 agreed: self.limits.transmit,

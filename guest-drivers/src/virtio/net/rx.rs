@@ -60,7 +60,7 @@ impl RxCounters {
 }
 
 /// Why a frame is not handed out.
-enum Drop {
+enum Why {
     Short,
     Long,
     Header,
@@ -229,7 +229,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
     fn take_frame(
         &mut self,
         first: Completed<B, ()>,
-    ) -> Result<Result<(usize, FrameMeta), Drop>, Fault> {
+    ) -> Result<Result<(usize, FrameMeta), Why>, Fault> {
         let written = first.written as usize;
         // One copy of the header: the device may still write to the buffer.
         let header = first
@@ -240,7 +240,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
             .map(|(header, _)| header);
         let intact = self.hold(first.buffer, HEADER_BYTES, written);
         let Some(header) = header else {
-            return Ok(Err(if intact { Drop::Short } else { Drop::Lost }));
+            return Ok(Err(if intact { Why::Short } else { Why::Lost }));
         };
         let mut bytes = written - HEADER_BYTES;
         let buffers = header.num_buffers.get();
@@ -248,7 +248,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
             if !self.mergeable && buffers == 0 {
                 // Devices that do not merge do not always fill it in.
             } else if !self.mergeable || buffers == 0 {
-                return Ok(Err(Drop::Header));
+                return Ok(Err(Why::Header));
             } else {
                 match self.gather(buffers)? {
                     Ok(more) => bytes = bytes.saturating_add(more),
@@ -292,7 +292,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
     /// Takes the other buffers of a frame that fills so many; says how many
     /// bytes they hold.
     #[inline(never)]
-    fn gather(&mut self, buffers: u16) -> Result<Result<usize, Drop>, Fault> {
+    fn gather(&mut self, buffers: u16) -> Result<Result<usize, Why>, Fault> {
         let mut bytes: usize = 0;
         let mut why = None;
         for used in 1..buffers {
@@ -303,10 +303,10 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
             let written = done.written as usize;
             bytes = bytes.saturating_add(written);
             if self.count == MAX_PIECES {
-                why = Some(Drop::Long);
+                why = Some(Why::Long);
             }
             if !self.hold(done.buffer, 0, written) {
-                why = Some(Drop::Lost);
+                why = Some(Why::Lost);
             }
         }
         Ok(why.map_or(Ok(bytes), Err))
@@ -314,8 +314,8 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
 
     /// What is true of a frame whose header says more than nothing.
     #[inline(never)]
-    fn judge(&self, header: &NetHeader, bytes: usize) -> Result<FrameMeta, Drop> {
-        let mut meta = header.meta().ok_or(Drop::Header)?;
+    fn judge(&self, header: &NetHeader, bytes: usize) -> Result<FrameMeta, Why> {
+        let mut meta = header.meta().ok_or(Why::Header)?;
         if meta.checksum == Checksum::Valid && !self.agreed.contains(Offloads::CHECKSUM) {
             // It was not asked, so its answer counts for nothing.
             meta.checksum = Checksum::Unknown;
@@ -338,19 +338,19 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
             copy.get(..HEAD_BYTES - empty).unwrap_or(&[])
         };
         meta.check(head, bytes, self.max_frame, self.agreed)
-            .map_err(Drop::Bad)
+            .map_err(Why::Bad)
     }
 
     #[cold]
-    fn drop_frame(&mut self, why: Drop) {
+    fn drop_frame(&mut self, why: Why) {
         let counters = &mut self.counters;
         match why {
-            Drop::Short | Drop::Bad(BadFrame::Short { .. }) => counters.dropped_short += 1,
-            Drop::Long | Drop::Bad(BadFrame::Long { .. }) => counters.dropped_long += 1,
-            Drop::Header => counters.dropped_header += 1,
-            Drop::Bad(BadFrame::NotAgreed(_)) => counters.dropped_not_agreed += 1,
-            Drop::Bad(_) => counters.dropped_lies += 1,
-            Drop::Lost => {}
+            Why::Short | Why::Bad(BadFrame::Short { .. }) => counters.dropped_short += 1,
+            Why::Long | Why::Bad(BadFrame::Long { .. }) => counters.dropped_long += 1,
+            Why::Header => counters.dropped_header += 1,
+            Why::Bad(BadFrame::NotAgreed(_)) => counters.dropped_not_agreed += 1,
+            Why::Bad(_) => counters.dropped_lies += 1,
+            Why::Lost => {}
         }
         self.take_back();
         self.post_stock();
