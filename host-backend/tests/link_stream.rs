@@ -1,6 +1,8 @@
 //! Streams, with peers that behave, and peers that do not.
 
 mod common;
+#[path = "common/scattered.rs"]
+mod scattered;
 
 use common::skipped;
 use pvkit_host::event::is_readable;
@@ -291,6 +293,13 @@ fn offloads_are_done_in_software() {
         came.extend_from_slice(&one[74..]);
     }
     assert_eq!(came, payload);
+    // Frames from a guest's memory, with nothing to do.
+    let plain = frame(1514, 9);
+    let sent = scattered::send(&mut *lane, &plain, 100, FrameMeta::PLAIN);
+    assert_eq!(sent, Sent::Done);
+    let mut one = vec![0; 4 + 1514];
+    peer.read_exact(&mut one).unwrap();
+    assert_eq!(one, framed(&plain));
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! The switch: who gets which frame, how much, and what is lost where.
 
+#[path = "common/scattered.rs"]
+mod scattered;
+
 use pvkit_host::event::is_readable;
 use pvkit_host::link::switch::{Endpoint, Switch, SwitchOptions};
 use pvkit_host::link::{
@@ -362,6 +365,15 @@ fn each_receiver_gets_what_it_takes() {
     }
     let counters = lane.counters();
     assert_eq!((counters.sent.get(), counters.finished.get()), (1, 1));
+
+    // The same from a guest's memory: copied straight, or gathered and cut.
+    scattered::send(&mut *lane, &packet, 100, meta);
+    let mut got = Got::new();
+    all.receive(&mut got, 100);
+    assert_eq!(got.frames, [(packet.clone(), meta)]);
+    let came = drain_endpoint(&mut none);
+    let payload: Vec<u8> = came.iter().flat_map(|one| one[54..].to_vec()).collect();
+    assert_eq!(payload, packet[54..]);
 
     let mut lie = meta;
     lie.checksum = Checksum::Unknown;

@@ -2,8 +2,12 @@
 //! namespace of its own.
 
 mod common;
+#[path = "common/namespace.rs"]
+mod namespace;
+#[path = "common/scattered.rs"]
+mod scattered;
 
-use common::skipped;
+use namespace::{address_of, delete, in_namespace, make, packets, set_address, set_mtu, set_up};
 use pvkit_host::event::is_readable;
 use pvkit_host::link::tap::{Tap, TapError, TapOptions};
 use pvkit_host::link::{
@@ -14,179 +18,11 @@ use pvkit_host::worker::{Signal, SignalCounter};
 use pvkit_protocol::frame::{Checksum, FrameMeta, MacAddress, Offloads, SegmentKind, Segmentation};
 use pvkit_protocol::inet::Headers;
 use pvkit_protocol::virtio::net::NetHeader;
-use rustix::thread::{UnshareFlags, unshare_unsafe};
-use std::io;
 use std::net::UdpSocket;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
-
-/// Runs `body` in a thread with a network namespace of its own.
-fn in_namespace(body: impl FnOnce() + Send + 'static) {
-    let run = move || {
-        // SAFETY: neither flag concerns what threads share in memory.
-        let alone = unsafe { unshare_unsafe(UnshareFlags::NEWNET) };
-        // SAFETY: the same.
-        let alone = alone
-            .or_else(|_| unsafe { unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNET) });
-        if let Err(error) = alone {
-            return skipped(&format!("no network namespace: {error}"));
-        }
-        match Tap::open("probe%d", &TapOptions::default()) {
-            Ok(tap) => assert!(tap.interface().starts_with("probe")),
-            Err(error) => return skipped(&format!("no taps: {error}")),
-        }
-        body();
-    };
-    std::thread::spawn(run).join().unwrap();
-}
-
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(result)
-}
-
-fn socket(family: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> OwnedFd {
-    // SAFETY: takes numbers only; the descriptor is new, and nobody else's.
-    unsafe {
-        let fd = check(libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol)).unwrap();
-        OwnedFd::from_raw_fd(fd)
-    }
-}
-
-fn request(name: &str) -> libc::ifreq {
-    // SAFETY: made of integers and pointers that may be null.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request
-}
-
-fn ioctl(fd: &OwnedFd, number: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: the numbers used here all take a request about an interface.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), number as _, &raw mut *request) }).map(drop)
-}
-
-fn control() -> OwnedFd {
-    socket(libc::AF_INET, libc::SOCK_DGRAM, 0)
-}
-
-fn set_up(name: &str, up: bool) {
-    let mut request = request(name);
-    let flags = if up { libc::IFF_UP } else { 0 };
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    ioctl(&control(), libc::SIOCSIFFLAGS, &mut request).unwrap();
-}
-
-fn set_address(name: &str, address: [u8; 4]) {
-    let mut request = request(name);
-    let mut place: libc::sockaddr = request_address(libc::AF_INET);
-    for (to, from) in place.sa_data[2..6].iter_mut().zip(address) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_addr = place;
-    ioctl(&control(), libc::SIOCSIFADDR, &mut request).unwrap();
-}
-
-fn request_address(family: libc::c_int) -> libc::sockaddr {
-    libc::sockaddr {
-        sa_family: family as libc::sa_family_t,
-        sa_data: [0; 14],
-    }
-}
-
-fn set_mtu(name: &str, mtu: i32) {
-    let mut request = request(name);
-    request.ifr_ifru.ifru_mtu = mtu;
-    ioctl(&control(), libc::SIOCSIFMTU, &mut request).unwrap();
-}
-
-fn index_of(name: &str) -> i32 {
-    let mut request = request(name);
-    ioctl(&control(), libc::SIOCGIFINDEX, &mut request).unwrap();
-    // SAFETY: written by the call.
-    unsafe { request.ifr_ifru.ifru_ifindex }
-}
-
-fn address_of(name: &str) -> MacAddress {
-    let mut request = request(name);
-    ioctl(&control(), libc::SIOCGIFHWADDR, &mut request).unwrap();
-    // SAFETY: written by the call.
-    let address = unsafe { request.ifr_ifru.ifru_hwaddr };
-    MacAddress(std::array::from_fn(|index| address.sa_data[index] as u8))
-}
-
-/// Makes a tap that stays when nobody has it.
-fn make(name: &str, more: libc::c_int) -> io::Result<OwnedFd> {
-    let tun = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")?;
-    let tun = OwnedFd::from(tun);
-    let mut request = request(name);
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    ioctl(&tun, libc::TUNSETIFF as _, &mut request)?;
-    // SAFETY: takes a number.
-    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST, 1) })?;
-    Ok(tun)
-}
-
-/// Deletes an interface (rtnetlink, RTM_DELLINK).
-fn delete(name: &str) {
-    let netlink = socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE);
-    let mut message = Vec::new();
-    message.extend(32u32.to_ne_bytes());
-    message.extend(libc::RTM_DELLINK.to_ne_bytes());
-    message.extend(((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
-    message.extend([0; 8]);
-    message.extend([0; 4]);
-    message.extend(index_of(name).to_ne_bytes());
-    message.extend([0; 8]);
-    rustix::io::write(&netlink, &message).unwrap();
-    let mut answer = [0; 64];
-    rustix::io::read(&netlink, &mut answer).unwrap();
-    assert_eq!(answer[16..20], [0; 4], "the interface is deleted");
-}
-
-/// A raw socket on an interface, whose frames have virtio's header (the short
-/// one, of 10 bytes).
-fn packets(name: &str) -> OwnedFd {
-    let protocol = (libc::ETH_P_ALL as u16).to_be();
-    let raw = socket(
-        libc::AF_PACKET,
-        libc::SOCK_RAW | libc::SOCK_NONBLOCK,
-        libc::c_int::from(protocol),
-    );
-    let on: libc::c_int = 1;
-    // SAFETY: the option is an integer, and the address of the kind that the
-    // socket takes; both outlive their calls.
-    unsafe {
-        check(libc::setsockopt(
-            raw.as_raw_fd(),
-            libc::SOL_PACKET,
-            libc::PACKET_VNET_HDR,
-            (&raw const on).cast(),
-            size_of_val(&on) as u32,
-        ))
-        .unwrap();
-        let mut address: libc::sockaddr_ll = std::mem::zeroed();
-        address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = protocol;
-        address.sll_ifindex = index_of(name);
-        check(libc::bind(
-            raw.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of_val(&address) as u32,
-        ))
-        .unwrap();
-    }
-    raw
-}
 
 #[derive(Default)]
 struct Got {
@@ -402,6 +238,16 @@ fn large_frames_pass_through_whole() {
         assert_eq!(came.len(), 1);
         assert_eq!(came[0].1, frame);
         assert_eq!(came[0].0.meta(), Some(meta));
+        // From a guest's memory, in few pieces, and in more than one system
+        // call takes.
+        for piece in [4096, 50] {
+            let sent = scattered::send(&mut *lane, &frame, piece, meta);
+            assert_eq!(sent, Sent::Done);
+            let came = drain_packets(&raw, 6);
+            assert_eq!(came.len(), 1);
+            assert!(came[0].1 == frame);
+        }
+        assert_eq!(lane.counters().sent.get(), 3);
         let (datagrams, mut meta) = udp(address_of("tap0"), 9, &[7; 9000]);
         meta.segments = Some(Segmentation {
             kind: SegmentKind::Udp,

@@ -54,12 +54,14 @@ impl Output {
         self.unwritten().len() + bytes <= self.limit
     }
 
-    /// Makes the bytes that were written room again.
-    fn compact(&mut self, more: usize) {
+    /// Makes the bytes that were written room again: when there is nothing else,
+    /// or so many that moving the others is worth it. So at most twice the limit
+    /// is used.
+    fn compact(&mut self) {
         if self.written == self.bytes.len() {
             self.bytes.clear();
             self.written = 0;
-        } else if self.bytes.len() + more > self.limit {
+        } else if self.written >= self.limit {
             self.bytes.drain(..self.written);
             self.written = 0;
         }
@@ -68,7 +70,6 @@ impl Output {
     /// Puts in a frame as it is. There must be room.
     pub(super) fn put(&mut self, frame: &TxFrame<'_>) {
         let bytes = frame.bytes();
-        self.compact(LENGTH_BYTES + bytes);
         self.put_length(bytes);
         let start = self.bytes.len();
         self.bytes.resize(start + bytes, 0);
@@ -82,7 +83,6 @@ impl Output {
     /// Puts in a part of a frame of the device. There must be room.
     pub(super) fn put_part(&mut self, head: &[u8], rest: &[u8]) {
         let bytes = head.len() + rest.len();
-        self.compact(LENGTH_BYTES + bytes);
         self.put_length(bytes);
         self.bytes.extend_from_slice(head);
         self.bytes.extend_from_slice(rest);
@@ -110,7 +110,7 @@ impl Output {
             each(length);
             self.frames.pop_front();
         }
-        self.compact(0);
+        self.compact();
     }
 
     /// Forgets everything; returns how many frames are lost by that.
@@ -278,11 +278,10 @@ mod tests {
         assert!(done.is_empty());
         output.wrote(2, |bytes| done.push(bytes));
         assert_eq!(done, [20]);
-        // Two parts of one frame; what is written makes room.
+        // Two parts of one frame.
         output.put_part(&[3; 20], &[]);
         output.put_part(&[4; 20], &[]);
         output.end(40);
-        assert!(output.bytes.len() <= 100);
         let left = output.unwritten().to_vec();
         assert_eq!(left.len(), 33 + 48);
         assert_eq!(left[33..38], [0, 0, 0, 20, 3]);
@@ -290,5 +289,23 @@ mod tests {
         assert_eq!(done, [20, 30]);
         assert_eq!(output.discard(), 1);
         assert!(output.unwritten().is_empty() && output.has_room(100));
+        // A peer that reads slower than is sent, for ever.
+        let mut number = 0;
+        let mut next = 0;
+        for round in 0..1000 {
+            while output.has_room(14) {
+                output.put_part(&[number; 10], &[]);
+                output.end(10);
+                number = number.wrapping_add(1);
+            }
+            assert!(output.bytes.len() <= 200);
+            done.clear();
+            if round % 2 == 0 {
+                assert_eq!(output.unwritten()[4], next);
+                next = next.wrapping_add(1);
+            }
+            output.wrote(7, |bytes| done.push(bytes));
+            assert_eq!(done.len(), round % 2);
+        }
     }
 }

@@ -8,9 +8,12 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TapError {
-    /// The kernel has no driver for taps, or nobody may use it here.
+    /// The kernel has no driver for taps, or it is not to be seen here.
     #[error("/dev/net/tun: {0} (try `modprobe tun`; in a container, pass the device in)")]
     NoDriver(#[source] io::Error),
+    /// This user may not use the driver.
+    #[error("/dev/net/tun: {0}: this user may not open it (where all may, its mode is 0666)")]
+    DriverClosed(#[source] io::Error),
     /// A name that no interface can have.
     #[error("{name:?} is no name of an interface: it takes 1 to {max} characters, no / or space")]
     BadName {
@@ -68,6 +71,14 @@ pub enum TapError {
 }
 
 impl TapError {
+    /// What it means that the driver cannot be opened.
+    pub(super) fn driver(source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => Self::DriverClosed(source),
+            _ => Self::NoDriver(source),
+        }
+    }
+
     /// What it means that an interface cannot be attached to.
     pub(super) fn attach(name: &str, lanes: u16, source: io::Error) -> Self {
         let name = name.to_owned();
@@ -84,6 +95,36 @@ impl TapError {
             name: name.to_owned(),
             what,
             source: source.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_says_becomes_what_to_do() {
+        let attach = |errno| TapError::attach("tap7", 2, io::Error::from_raw_os_error(errno));
+        for (errno, hint) in [
+            (libc::EPERM, "ip tuntap add tap7 mode tap user"),
+            (libc::EBUSY, "tap7 is taken by another process"),
+            (libc::EINVAL, "not one for 2 queues"),
+            (
+                libc::ENOMEM,
+                "tap7: attaching to it: Cannot allocate memory",
+            ),
+        ] {
+            let text = attach(errno).to_string();
+            assert!(text.contains(hint), "{text}");
+        }
+        for (errno, hint) in [
+            (libc::ENOENT, "modprobe tun"),
+            (libc::ENODEV, "modprobe tun"),
+            (libc::EACCES, "this user may not open it"),
+        ] {
+            let text = TapError::driver(io::Error::from_raw_os_error(errno)).to_string();
+            assert!(text.contains(hint), "{text}");
         }
     }
 }

@@ -192,7 +192,7 @@ impl LinkLane for TapLane {
     fn flush(&mut self) {}
 
     fn receive(&mut self, sink: &mut dyn FrameSink, budget: u32) -> u32 {
-        if !self.shared.state.is_up() {
+        if !self.shared.is_up() {
             self.shared.look();
         }
         let mut taken = 0;

@@ -73,6 +73,8 @@ struct Shared {
     name: String,
     /// A socket in the interface's network namespace, to ask about it.
     control: OwnedFd,
+    /// It really is: the interface was found by its name and address.
+    here: bool,
     queues: Vec<Queue>,
     flags: libc::c_int,
     mtu: u16,
@@ -159,7 +161,13 @@ impl Shared {
         }
         settings.wait = (settings.wait * 2).min(LAST_LOOK);
         settings.next_look = now + settings.wait;
-        let Ok(up) = sys::is_up(self.control.as_fd(), &self.name) else {
+        let up = match (self.here, self.is_gone()) {
+            (true, _) => sys::is_up(self.control.as_fd(), &self.name),
+            // It cannot be asked: the next frame will tell.
+            (false, false) => Ok(true),
+            (false, true) => return,
+        };
+        let Ok(up) = up else {
             return;
         };
         if self.is_gone() {
@@ -176,7 +184,13 @@ impl Shared {
 
     /// When to look next, if there is a reason to.
     fn deadline(&self) -> Option<Instant> {
-        (!self.state.is_up()).then(|| lock(&self.settings).next_look)
+        (!self.is_up()).then(|| lock(&self.settings).next_look)
+    }
+
+    /// Both are asked: the state may be told by one lane that looked before
+    /// another found that the interface is gone.
+    fn is_up(&self) -> bool {
+        self.state.is_up() && !self.is_gone()
     }
 
     /// Attaches to an interface that has the name again. The descriptors are
@@ -198,6 +212,9 @@ impl Shared {
 }
 
 /// A tap interface of Linux.
+///
+/// One that was handed in from another network namespace cannot be asked about:
+/// if it is deleted, it does not come back.
 #[derive(Debug)]
 pub struct Tap(Arc<Shared>);
 
@@ -230,7 +247,7 @@ impl Tap {
         for lane in 0..lanes {
             let open = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
             let fd = rustix::fs::open(TUN, open, Mode::empty())
-                .map_err(|error| TapError::NoDriver(error.into()))?;
+                .map_err(|error| TapError::driver(error.into()))?;
             let mut result = sys::attach(fd.as_fd(), &name, flags);
             let einval = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
             if lane == 0 && lanes == 1 && result.as_ref().is_err_and(einval) {
@@ -314,6 +331,7 @@ impl Tap {
         };
         let shared = Shared {
             control,
+            here,
             queues: fds.into_iter().map(queue).collect(),
             flags,
             mtu,
@@ -367,7 +385,7 @@ impl Link for Tap {
     }
 
     fn is_up(&self) -> bool {
-        self.0.state.is_up()
+        self.0.is_up()
     }
 
     fn connect(&self, events: Arc<dyn LinkEvents>) {
@@ -415,3 +433,6 @@ impl Link for Tap {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
