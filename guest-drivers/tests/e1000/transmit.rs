@@ -107,6 +107,19 @@ fn frames_come_back_as_far_as_the_device_reports() {
         assert_eq!(card.tx.complete().unwrap(), None);
     }
     assert_eq!(card.tx.counters().reports, 3);
+    // Batches count from their own start.
+    for frames in [3, 4] {
+        for number in 0..frames {
+            let frame = plain(number, 100);
+            card.tx
+                .submit(buffer(&frame), 100, &FrameMeta::PLAIN)
+                .unwrap();
+        }
+        card.tx.publish();
+    }
+    assert_eq!(card.tx.counters().reports, 5);
+    assert_eq!(card.chip.transmit(usize::MAX), 7);
+    assert_eq!(card.chip.state().reports, 5);
 }
 
 #[test]

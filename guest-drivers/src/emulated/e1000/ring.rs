@@ -484,3 +484,93 @@ pub(super) fn reset<R: Registers>(
     // accesses no ring, and no buffer in one.
     Ok(unsafe { lives.over() })
 }
+
+#[cfg(all(test, feature = "alloc"))]
+mod tests {
+    use super::*;
+    use crate::dma::LinearSpace;
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    /// A window without registers.
+    #[derive(Clone)]
+    struct Nothing;
+
+    // SAFETY: it accesses nothing.
+    unsafe impl Registers for Nothing {
+        fn len(&self) -> usize {
+            0
+        }
+        fn read_u8(&self, _: usize) -> u8 {
+            !0
+        }
+        fn read_u16(&self, _: usize) -> u16 {
+            !0
+        }
+        fn read_u32(&self, _: usize) -> u32 {
+            !0
+        }
+        fn write_u8(&self, _: usize, _: u8) {}
+        fn write_u16(&self, _: usize, _: u16) {}
+        fn write_u32(&self, _: usize, _: u32) {}
+    }
+
+    #[test]
+    fn a_buffer_is_given_back_only_when_the_device_is_done_with_all_of_it() {
+        // SAFETY: there is no device.
+        let space = unsafe { LinearSpace::new(0) };
+        let mut lives = Lives::new();
+        let id = lives.queue(0);
+        let storage = RingStorage::heap(8, 1);
+        let mut ring: Ring<Vec<u8>, _, _> =
+            Ring::new(&space, Nothing, 0, 8, 1, id, storage).unwrap();
+        ring.expose(&Chip::new(Nothing, 1), id);
+        // Two descriptors for each of four buffers, with words that say "done".
+        for first in [0, 2, 4, 6] {
+            assert_eq!(ring.lend(vec![1; 10], Direction::FromDevice).unwrap(), 1);
+            ring.push([0, u64::MAX]);
+            ring.push([0, u64::MAX]);
+            ring.settle(first, 2, true);
+        }
+        ring.push([0, 0]);
+        assert_eq!(ring.filled(), 8, "there is no room");
+        let (buffer, error) = ring.lend(vec![2], Direction::ToDevice).unwrap_err();
+        assert_eq!(buffer, Some(vec![2]));
+        assert_eq!(error, DmaError::TooManySegments { max: 0 });
+
+        ring.show(8);
+        assert_eq!(ring.shown(), 7, "never all");
+        let done = |ring: &Ring<Vec<u8>, LinearSpace, Nothing>, number: usize| {
+            ring.shared.region.write_u64(BYTES * number + SECOND, DONE);
+        };
+        for number in 0..8 {
+            assert_eq!(ring.look(number), None);
+            assert_eq!(ring.take_back(number, 0), None);
+        }
+        // Of the last, the device does not have all; it may still read it.
+        done(&ring, 7);
+        assert!(ring.is_forged(7) && !ring.is_done(7));
+        assert_eq!(ring.look(7), None);
+        done(&ring, 2);
+        assert_eq!(ring.look(2), Some(DONE));
+        assert_eq!(ring.take_back(0, 10), Some(vec![1; 10]));
+        assert_eq!(ring.take_back(0, 10), None, "once");
+        assert_eq!(ring.take_back(8, 10), None, "the next of this place");
+        assert_eq!(ring.take_back(2, 10), None, "half of it");
+        done(&ring, 3);
+        assert_eq!(ring.look(2), None, "twice");
+        assert_eq!(ring.look(3), Some(DONE));
+        assert_eq!(ring.take_back(2, 10), Some(vec![1; 10]));
+
+        // A proof about another card is none; one about this is.
+        let mut others = Lives::new();
+        // SAFETY: there is no device.
+        let (foreign, own) = unsafe { (others.over(), lives.over()) };
+        assert!(!ring.reclaim(&foreign, &mut |_, _| panic!()));
+        let mut back = Vec::new();
+        assert!(ring.reclaim(&own, &mut |place, buffer| back.push((place, buffer))));
+        let both = [4, 6].map(|place| (place, Some(vec![1; 10])));
+        assert_eq!(back, both);
+        assert_eq!((ring.done(), ring.filled()), (0, 0));
+    }
+}
