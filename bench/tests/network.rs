@@ -1,6 +1,7 @@
 //! The guest image on network cards: what frames cost where the count is exact,
 //! that they are what was sent, and TCP from end to end.
 
+use pvkit_bench::image;
 use pvkit_bench::machine::Machine;
 use pvkit_bench::net::pass::{self, NetMeasurement, NetTask};
 use pvkit_bench::net::plan::base_row;
@@ -8,7 +9,6 @@ use pvkit_bench::net::row::{Card, NetRow, NetVmm, WireKind};
 use pvkit_bench::net::wire::tap::TapWire;
 use pvkit_bench::pass::{Settings, qemu};
 use pvkit_bench::scratch::Scratch;
-use pvkit_bench::image;
 use pvkit_host::vmm;
 use pvkit_workload::net::job::NetWork;
 use pvkit_workload::script::Completion;
@@ -231,7 +231,10 @@ fn the_same_image_drives_qemu_s_cards() {
     };
     let mut rows = Vec::new();
     for card in [Card::VirtioNetPci, Card::E1000] {
-        for work in FRAMES.into_iter().chain([NetWork::TcpReceive, NetWork::TcpSend]) {
+        for work in FRAMES
+            .into_iter()
+            .chain([NetWork::TcpReceive, NetWork::TcpSend])
+        {
             rows.push(NetRow {
                 vmm: NetVmm::Qemu,
                 spin_us: None,

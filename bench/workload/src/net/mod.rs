@@ -11,11 +11,11 @@
 //! - [`run`] does a job; [`tcp`] is the part of it that has a TCP stack.
 
 pub mod control;
+mod counted;
 mod error;
 pub mod frame;
 pub mod job;
 pub mod peer;
-mod phy;
 pub mod report;
 pub mod run;
 pub mod stream;

@@ -1,17 +1,20 @@
 //! A stream by TCP, from the peer or to it.
 
-use super::phy::{Phy, long_buffer_bytes};
+use super::counted::Counted;
+use super::frame::MAX_BYTES;
 use super::run::{NetError, NetOutcome, NetTarget, Runner};
 use super::stream::{self, FETCH, GUEST, MAGIC, PEER, PORT, PREFIX, Request, STORE, Verdict};
 use crate::run::{Machine, Outcome};
 use crate::script::Mark;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::mem::take;
-use pvkit_guest::net::{NetBuf, Offloads};
+use pvkit_guest::net::pool::Sender;
+use pvkit_guest::net::smoltcp::SmoltcpDevice;
+use pvkit_guest::net::{HEADROOM, NetBuf, NetRx, NetTx, Offloads};
+use pvkit_guest::storage::Storage;
+use pvkit_protocol::frame::ETHERNET_HEADER_BYTES;
 use sha2::{Digest, Sha256};
-use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
-use smoltcp::phy::Device;
+use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr};
@@ -21,8 +24,10 @@ use zerocopy::{FromBytes, IntoBytes};
 
 /// Bytes that may be on their way in each direction.
 const WINDOW: usize = 1 << 20;
-/// Frames for the card to cut that may be on their way.
-const LONG_FRAMES: usize = 24;
+/// Frames that may be on their way.
+const BUFFERS: usize = 64;
+/// Longest frame that is left to the card to be cut.
+const LONG_BYTES: usize = ETHERNET_HEADER_BYTES + u16::MAX as usize;
 /// Bytes that are made or compared at once.
 const PIECE: usize = 64 * 1024;
 /// How long nothing may move.
@@ -64,23 +69,30 @@ where
     M: Machine,
 {
     let limits = runner.target.limits();
-    let mut long = Vec::new();
-    let all = Offloads::CHECKSUM | Offloads::TSO4;
-    if limits.transmit.contains(all) {
-        for _ in 0..LONG_FRAMES {
-            let buffer = runner.target.buffer(long_buffer_bytes());
-            long.push(buffer.ok_or(NetError::Memory)?);
-        }
+    let segments = limits
+        .transmit
+        .contains(Offloads::CHECKSUM | Offloads::TSO4);
+    let bytes = HEADROOM + if segments { LONG_BYTES } else { MAX_BYTES };
+    let mut buffers = Vec::new();
+    for _ in 0..BUFFERS {
+        buffers.push(runner.target.buffer(bytes).ok_or(NetError::Memory)?);
     }
     let job = runner.job;
-    let short = take(&mut runner.spare);
     let kicks_before = runner.target.kicks();
     runner.machine.mark(Mark::Start(number));
     let counts = runner.machine.counts();
     let mut connection = {
-        let halves = runner.target.halves();
-        let phy = Phy::new(halves, &limits, short, long)?;
-        Connection::new(phy, &*runner.machine, job.ticks_per_ms.get(), runner.mac.0)
+        let (tx, rx) = runner.target.halves();
+        let mut buffers = buffers.into_iter();
+        let places = Storage::heap(BUFFERS, || buffers.next());
+        let sender = Sender::new(Counted::new(tx), places);
+        let device = SmoltcpDevice::heap(sender, Counted::new(rx), &limits);
+        Connection::new(
+            device,
+            &*runner.machine,
+            job.ticks_per_ms.get(),
+            runner.mac.0,
+        )
     };
     let bytes = job.stream_bytes.get();
     let request = Request {
@@ -118,7 +130,8 @@ where
     }
     let end = connection.machine.now();
     let counts_after = connection.machine.counts();
-    let (sent, received) = (connection.phy.sent(), connection.phy.received);
+    let (sender, rx) = connection.device.queues();
+    let (sent, received) = (sender.queue().frames, rx.frames);
     if fetch {
         connection.read_exact(&mut verdict)?;
     }
@@ -152,8 +165,8 @@ where
 }
 
 /// A connection, and the stack below it.
-struct Connection<'m, D, M> {
-    phy: D,
+struct Connection<'m, T, R, B: 'static, M> {
+    device: SmoltcpDevice<T, R, B>,
     machine: &'m M,
     ticks_per_ms: u64,
     interface: Interface,
@@ -162,33 +175,18 @@ struct Connection<'m, D, M> {
     moved: u64,
 }
 
-/// What a connection needs of its card, besides what the stack does.
-trait Card: Device {
-    fn flush(&mut self) -> Result<(), NetError>;
-    fn idle(&mut self);
-}
-
-impl<B, Tx, Rx> Card for Phy<'_, B, Tx, Rx>
-where
-    B: NetBuf,
-    Tx: pvkit_guest::net::NetTx<B>,
-    Rx: pvkit_guest::net::NetRx,
-{
-    fn flush(&mut self) -> Result<(), NetError> {
-        Phy::flush(self)
-    }
-    fn idle(&mut self) {
-        Phy::idle(self);
-    }
-}
-
-impl<'m, D: Card, M: Machine> Connection<'m, D, M> {
-    fn new(mut phy: D, machine: &'m M, ticks_per_ms: u32, mac: [u8; 6]) -> Self {
+impl<'m, T: NetTx<B>, R: NetRx, B: NetBuf, M: Machine> Connection<'m, T, R, B, M> {
+    fn new(
+        mut device: SmoltcpDevice<T, R, B>,
+        machine: &'m M,
+        ticks_per_ms: u32,
+        mac: [u8; 6],
+    ) -> Self {
         let ticks_per_ms = u64::from(ticks_per_ms);
         let mut config = Config::new(EthernetAddress(mac).into());
         config.random_seed = machine.now();
         let now = instant(machine.now(), ticks_per_ms);
-        let mut interface = Interface::new(config, &mut phy, now);
+        let mut interface = Interface::new(config, &mut device, now);
         interface.update_ip_addrs(|addresses| {
             let address = IpAddress::Ipv4(GUEST.into());
             // There is room for more than one.
@@ -201,7 +199,7 @@ impl<'m, D: Card, M: Machine> Connection<'m, D, M> {
         let mut sockets = SocketSet::new(Vec::new());
         let socket = sockets.add(socket);
         Self {
-            phy,
+            device,
             machine,
             ticks_per_ms,
             interface,
@@ -213,11 +211,12 @@ impl<'m, D: Card, M: Machine> Connection<'m, D, M> {
 
     fn poll(&mut self) -> Result<(), NetError> {
         let now = instant(self.machine.now(), self.ticks_per_ms);
-        let result = self.interface.poll(now, &mut self.phy, &mut self.sockets);
-        if result == PollResult::None {
-            self.phy.idle();
-        }
-        self.phy.flush()
+        self.interface
+            .poll(now, &mut self.device, &mut self.sockets);
+        self.device.flush();
+        self.device
+            .take_fault()
+            .map_or(Ok(()), |fault| Err(fault.into()))
     }
 
     /// Polls until `step` says that it is done; `step` says how many bytes it
