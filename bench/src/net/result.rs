@@ -1,7 +1,7 @@
 //! Adding up what several passes brought, and the figures that follow.
 
 use super::pass::NetMeasurement;
-use super::row::{NetRow, NetVmm, direction_name};
+use super::row::{NetRow, direction_name};
 use crate::measure::{Costs, Cpu, Latencies};
 use crate::row::completion_name;
 use anyhow::Result;
@@ -143,7 +143,6 @@ impl NetSum {
             cpu_us_per_frame: cpu,
             verified: self.verified_bytes > 0,
             verified_bytes: self.verified_bytes,
-            in_our_monitor: row.vmm == NetVmm::Pvkit,
         })
     }
 }
@@ -204,8 +203,6 @@ pub struct NetResult {
     pub cpu_us_per_frame: Option<Cpu>,
     pub verified: bool,
     pub verified_bytes: u64,
-    #[serde(skip)]
-    pub in_our_monitor: bool,
 }
 
 /// Two rows side by side: all ratios are the first through the second.

@@ -346,6 +346,7 @@ mod tests {
     use pvkit_workload::net::control::{FRAME_BYTES, Message, Subject};
     use pvkit_workload::net::frame;
     use std::io::{Read, Write};
+    use zerocopy::little_endian::U64;
 
     const GUEST: MacAddress = MacAddress::local(7);
     /// The header of legacy virtio, with which taps start.
@@ -444,7 +445,7 @@ mod tests {
             }
         }
         let counts = [answer.checked, answer.wrong, answer.wrong_sequence];
-        assert_eq!(counts.map(|count| count.get()), [21, 1, 20]);
+        assert_eq!(counts.map(U64::get), [21, 1, 20]);
         guest.ask(Message::mode_request(Mode::Echo, 0));
         frame::fill(&mut frame, PEER_MAC, GUEST, 33, 6);
         guest.send(&frame);
