@@ -43,7 +43,6 @@ impl Window {
 pub(crate) struct Lent<B: DmaBuf> {
     raw: ManuallyDrop<B::Raw>,
     direction: Direction,
-    window: Window,
 }
 
 impl<B: DmaBuf> Lent<B> {
@@ -81,20 +80,19 @@ impl<B: DmaBuf> Lent<B> {
         let lent = Self {
             raw: ManuallyDrop::new(raw),
             direction,
-            window,
         };
         match failed {
             None => Ok((lent, count)),
             Some(error) => {
                 // SAFETY: the device was never told about the buffer, so it
                 // has no access to it.
-                let buffer = unsafe { lent.end(space, room, 0, mapped) };
+                let buffer = unsafe { lent.end(space, window, room, 0, mapped) };
                 Err((buffer, error))
             }
         }
     }
 
-    /// Ends the loan. `segments` are those of [`lend`](Lent::lend); the device
+    /// Ends the loan. `window` and `segments` are those of [`lend`](Lent::lend); the device
     /// wrote `written` bytes from the start of the window. `None` if the
     /// device cannot be kept from the buffer: it is leaked.
     ///
@@ -104,11 +102,12 @@ impl<B: DmaBuf> Lent<B> {
     pub(crate) unsafe fn give_back<S: DmaSpace>(
         self,
         space: &S,
+        window: Window,
         segments: &[Segment<S::Addr>],
         written: usize,
     ) -> Option<B> {
         // SAFETY: passed on.
-        unsafe { self.end(space, segments, written, usize::MAX) }
+        unsafe { self.end(space, window, segments, written, usize::MAX) }
     }
 
     /// Unmaps the first `pieces` pieces, and puts the buffer together again.
@@ -119,6 +118,7 @@ impl<B: DmaBuf> Lent<B> {
     unsafe fn end<S: DmaSpace>(
         self,
         space: &S,
+        window: Window,
         mut segments: &[Segment<S::Addr>],
         written: usize,
         pieces: usize,
@@ -126,7 +126,7 @@ impl<B: DmaBuf> Lent<B> {
         let mut written = written;
         let mut index = 0;
         let mut still_shared = false;
-        let mut left = self.window;
+        let mut left = window;
         B::segments(&self.raw, &mut |piece| {
             if index >= pieces {
                 return;

@@ -218,7 +218,7 @@ impl<B: DmaBuf, P: PortIo, S: DmaSpace<Addr = u64>> Engine<B, P, S> {
             .map_or(Ok(()), |table| table.fill(described));
         if let Err(error) = filled {
             // SAFETY: the bus master does not run, and was not started with it.
-            let buffer = unsafe { lent.give_back(&self.space, described, 0) };
+            let buffer = unsafe { lent.give_back(&self.space, Window::ALL, described, 0) };
             return Err((buffer, error));
         }
         self.loaded = Some(Loaded {
@@ -314,7 +314,11 @@ impl<B: DmaBuf, P, S: DmaSpace<Addr = u64>> Engine<B, P, S> {
         // SAFETY: the bus master was never started with the buffer, or has
         // been seen inactive and was stopped since: it moves nothing until it
         // is started again.
-        unsafe { loaded.lent.give_back(&self.space, segments, written) }
+        unsafe {
+            loaded
+                .lent
+                .give_back(&self.space, Window::ALL, segments, written)
+        }
     }
 }
 

@@ -13,6 +13,7 @@ pub use life::{Opened, Places};
 pub use queue::VirtioBlockQueue;
 
 use super::init::InitError;
+use super::queue::Extra;
 use super::transport::{Events, Transport};
 use crate::block::{BlockLimits, BlockOp};
 use crate::dma::{DmaBufMut, DmaSpace};
@@ -106,6 +107,8 @@ pub struct Request {
     /// Bytes that the device must write to the buffer if it succeeds.
     expected: u32,
 }
+
+impl Extra for Request {}
 
 /// The control half of a virtio block device.
 ///

@@ -4,12 +4,12 @@
 use super::control::{DATA_BYTES, Settings};
 use super::limits::{self, check_buffers, settle, supported};
 use super::stock::Stock;
-use super::{Net, NetOptions, PairOf, RxOf, TxCounters, TxOf};
-use crate::dma::DmaSpace;
+use super::{Net, NetOptions, PairOf, RxOf, Sent, TxCounters, TxOf};
+use crate::dma::{DmaBuf, DmaSpace};
 use crate::net::{NetBuf, NetLimits, NetRx};
 use crate::storage::Storage;
 use crate::virtio::init::{self, InitError};
-use crate::virtio::queue::{Queue, QueueError, QueueShape, QueueStorage, choose_size};
+use crate::virtio::queue::{Extra, Queue, QueueError, QueueShape, QueueStorage, choose_size};
 use crate::virtio::transport::{Quiesced, ResetTimeout, Transport};
 #[cfg(feature = "alloc")]
 use alloc::vec::Vec;
@@ -35,7 +35,7 @@ pub const CONTROL_SIZE: u16 = 4;
 #[derive(Debug)]
 pub struct PairStorage<B: NetBuf> {
     /// Of the transmit queue.
-    pub transmit: QueueStorage<B, ()>,
+    pub transmit: QueueStorage<B, Sent>,
     /// Of the receive queue.
     pub receive: QueueStorage<B, ()>,
     /// The receive buffers, of at least [`NetOptions::buffer_bytes`] bytes
@@ -307,12 +307,12 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
         }
     }
 
-    fn make_queue<B: crate::dma::DmaBuf>(
+    fn make_queue<B: DmaBuf, X: Extra>(
         &self,
         space: &S,
         shape: QueueShape,
-        memory: QueueStorage<B, ()>,
-    ) -> Result<Queue<B, (), S, T::Doorbell>, QueueError> {
+        memory: QueueStorage<B, X>,
+    ) -> Result<Queue<B, X, S, T::Doorbell>, QueueError> {
         Queue::new(
             shape,
             space.clone(),
@@ -323,9 +323,9 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
     }
 
     /// Gives a queue its vector, and tells the device about it.
-    fn expose<B: NetBuf>(
+    fn expose<B: NetBuf, X: Extra>(
         &mut self,
-        queue: &mut Queue<B, (), S, T::Doorbell>,
+        queue: &mut Queue<B, X, S, T::Doorbell>,
     ) -> Result<(), InitError> {
         self.set_queue_vector(queue.index())?;
         queue.expose(&mut self.transport);

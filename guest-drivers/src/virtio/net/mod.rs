@@ -17,7 +17,7 @@ mod tx;
 pub use control::{Command, ControlError, MAC_TABLE};
 pub use life::{CONTROL_SIZE, ControlStorage, Opened, PairStorage, Places};
 pub use rx::{MAX_PIECES, RxCounters, VirtioNetRx};
-pub use tx::{TxCounters, VirtioNetTx};
+pub use tx::{Sent, TxCounters, VirtioNetTx};
 
 use super::init::InitError;
 use super::queue::{Queue, QueueCounters};

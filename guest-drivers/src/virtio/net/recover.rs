@@ -8,7 +8,7 @@ use crate::dma::DmaSpace;
 use crate::fault::Fault;
 use crate::net::{NetBuf, NetRx};
 use crate::virtio::init::{self, InitError};
-use crate::virtio::queue::Queue;
+use crate::virtio::queue::{Extra, Queue};
 use crate::virtio::transport::{Quiesced, Transport};
 use core::borrow::BorrowMut;
 use core::hint::spin_loop;
@@ -170,9 +170,9 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
     }
 
     /// Starts a queue again that was reclaimed.
-    fn restart<B: NetBuf>(
+    fn restart<B: NetBuf, X: Extra>(
         &mut self,
-        queue: &mut Queue<B, (), S, T::Doorbell>,
+        queue: &mut Queue<B, X, S, T::Doorbell>,
     ) -> Result<(), InitError> {
         // A reset takes the vector away; of one queue, with some devices.
         self.set_queue_vector(queue.index())?;
@@ -218,9 +218,9 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
         Ok(())
     }
 
-    fn reset_queue<B: NetBuf>(
+    fn reset_queue<B: NetBuf, X: Extra>(
         &mut self,
-        queue: &mut Queue<B, (), S, T::Doorbell>,
+        queue: &mut Queue<B, X, S, T::Doorbell>,
     ) -> Result<Quiesced, InitError> {
         if !queue.is_of(&self.transport) {
             return Err(InitError::ForeignQueue);

@@ -10,7 +10,6 @@ use super::stock::Stock;
 use crate::dma::{Direction, DmaSpace};
 use crate::doorbell::Doorbell;
 use crate::fault::Fault;
-use crate::lent::Window;
 use crate::net::{BadFrame, Checksum, FrameMeta, HeldFrame, NetBuf, NetRx, Offloads, RxFrame};
 use crate::virtio::queue::{Completed, Queue, QueueCounters};
 use crate::virtio::transport::Quiesced;
@@ -172,7 +171,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
     #[inline]
     fn post(&mut self, buffer: B) -> bool {
         let direction = Direction::FromDevice;
-        match self.queue.post_window(buffer, Window::ALL, direction, ()) {
+        match self.queue.post_window(buffer, direction, ()) {
             Ok(()) => true,
             Err((_, buffer)) => {
                 match buffer {

@@ -8,7 +8,7 @@ use crate::lent::Window;
 use crate::net::{
     BadFrame, Checksum, FrameMeta, HEADROOM, NetBuf, NetTx, Offloads, Reason, Refused,
 };
-use crate::virtio::queue::{PostError, Queue, QueueCounters};
+use crate::virtio::queue::{Extra, PostError, Queue, QueueCounters};
 use crate::virtio::transport::Quiesced;
 use pvkit_protocol::frame::ETHERNET_HEADER_BYTES;
 use pvkit_protocol::virtio::net::{HEADER_BYTES, NetHeader};
@@ -16,6 +16,23 @@ use zerocopy::IntoBytes;
 
 /// Where the header lies: right in front of the frame.
 const HEADER: usize = HEADROOM - HEADER_BYTES;
+
+/// What the driver remembers about a frame that is sent.
+#[derive(Debug, Clone, Copy)]
+pub struct Sent {
+    /// Of header and frame.
+    bytes: usize,
+}
+
+impl Extra for Sent {
+    #[inline]
+    fn window(&self) -> Window {
+        Window {
+            from: HEADER,
+            bytes: self.bytes,
+        }
+    }
+}
 
 /// What a transmit queue has done so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -37,7 +54,7 @@ pub struct TxCounters {
 /// take one descriptor.
 #[derive(Debug)]
 pub struct VirtioNetTx<B: NetBuf, S: DmaSpace<Addr = u64>, D> {
-    pub(super) queue: Queue<B, (), S, D>,
+    pub(super) queue: Queue<B, Sent, S, D>,
     pub(super) agreed: Offloads,
     /// Longest frame that is not segmented.
     pub(super) max_frame: usize,
@@ -70,7 +87,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetTx<B, S, D> {
 
     /// Hands back every outstanding buffer; whether the proof covers them.
     pub(super) fn reclaim(&mut self, proof: &Quiesced, each: &mut dyn FnMut(B)) -> bool {
-        self.queue.reclaim(proof, &mut |(), buffer| {
+        self.queue.reclaim(proof, &mut |_, buffer| {
             if let Some(buffer) = buffer {
                 each(buffer);
             }
@@ -125,14 +142,10 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> NetTx<B> for VirtioNetTx<B
         if let Some(place) = room.get_mut(HEADER..) {
             place.copy_from_slice(header.as_bytes());
         }
-        let window = Window {
-            from: HEADER,
+        let sent = Sent {
             bytes: HEADER_BYTES + bytes,
         };
-        match self
-            .queue
-            .post_window(buffer, window, Direction::ToDevice, ())
-        {
+        match self.queue.post_window(buffer, Direction::ToDevice, sent) {
             Ok(()) => {
                 self.counters.frames += 1;
                 self.counters.bytes += bytes as u64;

@@ -16,7 +16,7 @@ mod shape;
 mod slot;
 mod split;
 
-use crate::dma::{Direction, DmaBuf, DmaError, DmaRegion, DmaSpace, Segment};
+use crate::dma::{Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Segment};
 use crate::doorbell::{Doorbell, Position};
 use crate::fault::Fault;
 use crate::lent::{Lent, Window};
@@ -26,11 +26,13 @@ use core::alloc::Layout;
 use core::fmt;
 use core::mem::ManuallyDrop;
 use order::next_in_order;
+use post::{add, part_of};
 use pvkit_protocol::virtio::split::QueueSize;
-use ring::{Ring, Used};
+use ring::{Part, Ring, Used};
+use slot::InFlight;
 
 pub use request::QueueCounters;
-pub(crate) use request::{Completed, Payload, PostError};
+pub(crate) use request::{Completed, Extra, Payload, PostError};
 pub use shape::QueueError;
 pub(crate) use shape::{QueueShape, choose_size};
 pub use slot::{QueueStorage, Slot};
@@ -104,16 +106,13 @@ struct Loan<B: DmaBuf> {
     descriptors: u16,
 }
 
-/// Lends the window of a buffer, for a chain with `others` descriptors besides
-/// its segments, where `free` descriptors of the ring are. What does not fit
-/// comes back.
+/// Lends the window of a buffer, for a chain of nothing else, where `free`
+/// descriptors of the ring are free. What does not fit comes back.
 #[inline]
-#[allow(clippy::too_many_arguments)]
 fn lend<B: DmaBuf, S: DmaSpace<Addr = u64>>(
     space: &S,
     shape: &QueueShape,
     free: u16,
-    others: u16,
     buffer: B,
     window: Window,
     direction: Direction,
@@ -133,16 +132,15 @@ fn lend<B: DmaBuf, S: DmaSpace<Addr = u64>>(
         }),
     };
     let segments = segments as u16;
-    let count = others + segments;
     // A chain of one descriptor gains nothing from a table.
-    let indirect = count > 1 && shape.indirect();
-    let descriptors = if indirect { 1 } else { count };
+    let indirect = segments > 1 && shape.indirect();
+    let descriptors = if indirect { 1 } else { segments };
     let error = if longest > max {
         let bytes = longest;
         PostError::Dma(DmaError::SegmentTooLong { bytes, max })
     } else if free < descriptors {
         PostError::Full
-    } else if count == 0 {
+    } else if segments == 0 {
         PostError::Empty
     } else {
         return Ok(Loan {
@@ -154,10 +152,10 @@ fn lend<B: DmaBuf, S: DmaSpace<Addr = u64>>(
         });
     };
     // SAFETY: the device was not told about the buffer.
-    Err((error, unsafe { lent.give_back(space, data, 0) }))
+    Err((error, unsafe { lent.give_back(space, window, data, 0) }))
 }
 
-impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B, X, S, D> {
+impl<B: DmaBuf, X: Extra, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B, X, S, D> {
     /// A queue in fresh memory. The device does not know it yet.
     pub(crate) fn new(
         shape: QueueShape,
@@ -246,6 +244,137 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
         } else {
             size / 3
         }
+    }
+
+    /// Posts a request: `header` for the device to read, of which at most
+    /// [`HEADER_WORDS`] count, the buffer, and the trailer.
+    pub(crate) fn post(
+        &mut self,
+        header: &[u64],
+        payload: Payload<B>,
+        extra: X,
+    ) -> Result<(), (PostError, Option<B>)>
+    where
+        B: DmaBufMut,
+    {
+        let (buffer, direction) = match payload {
+            Payload::None => (None, Direction::ToDevice),
+            Payload::ToDevice(buffer) => (Some(buffer), Direction::ToDevice),
+            Payload::FromDevice(buffer) => (Some(buffer), Direction::FromDevice),
+        };
+        if self.state != State::Live {
+            return Err((PostError::Retired, buffer));
+        }
+        let indirect = self.shape.indirect();
+        let shared = &mut *self.shared;
+        let ring = &mut shared.ring;
+        if ring.free() == 0 {
+            return Err((PostError::Full, buffer));
+        }
+        let id = ring.next_id();
+        let offset = usize::from(id) * self.slot_bytes;
+        let most = usize::from(self.shape.max_segments);
+        let first_segment = usize::from(id) * most;
+        let (Some(slot), Some(room)) = (
+            shared.slots.get_mut(usize::from(id)),
+            shared.segments.get_mut(first_segment..first_segment + most),
+        ) else {
+            return Err((PostError::Full, buffer));
+        };
+
+        let window = extra.window();
+        let (lent, segments) = match buffer {
+            None => (None, 0),
+            Some(buffer) => match Lent::lend(&self.space, buffer, window, direction, room) {
+                Ok((lent, segments)) => (Some(lent), segments),
+                Err((buffer, error)) => return Err((PostError::Dma(error), buffer)),
+            },
+        };
+        let max = self.shape.max_segment_bytes;
+        let data = room.get(..segments).unwrap_or(&[]);
+        // Nearly every buffer is one segment: no loops for that.
+        let (longest, bytes) = match data {
+            [only] => (only.len, only.len),
+            _ => data.iter().fold((0, 0), |(longest, bytes): (u32, u32), s| {
+                (longest.max(s.len), bytes.saturating_add(s.len))
+            }),
+        };
+        let trailer_bytes = u32::from(self.shape.trailer);
+        let has_trailer = trailer_bytes != 0;
+        let segments = segments as u16;
+        let count = 1 + segments + u16::from(has_trailer);
+        let descriptors = if indirect { 1 } else { count };
+        let refused = if longest > max {
+            let bytes = longest;
+            Some(PostError::Dma(DmaError::SegmentTooLong { bytes, max }))
+        } else if ring.free() < descriptors {
+            Some(PostError::Full)
+        } else {
+            None
+        };
+        if let Some(error) = refused {
+            // SAFETY: the device was not told about the buffer.
+            let buffer =
+                lent.and_then(|lent| unsafe { lent.give_back(&self.space, window, data, 0) });
+            return Err((error, buffer));
+        }
+
+        let header_bytes = match header {
+            [low, high] => {
+                shared.area.write_u64s(offset, [*low, *high]);
+                2 * size_of::<u64>()
+            }
+            _ => {
+                let words = header.iter().take(HEADER_WORDS);
+                words.fold(0, |bytes, word| {
+                    shared.area.write_u64(offset + bytes, *word);
+                    bytes + size_of::<u64>()
+                })
+            }
+        };
+        let base = shared.area.addr() + offset as u64;
+        let from_device = direction == Direction::FromDevice;
+        let header = Part {
+            addr: base,
+            len: header_bytes as u32,
+            writable: false,
+        };
+        let trailer = Part {
+            addr: base + TRAILER as u64,
+            len: trailer_bytes,
+            writable: true,
+        };
+        let part = part_of(from_device);
+        let written = if from_device { bytes } else { 0 };
+        let writable = trailer_bytes.saturating_add(written);
+        if has_trailer {
+            shared.area.write_u8(offset + TRAILER, TRAILER_UNWRITTEN);
+        }
+        slot.0 = Some(InFlight {
+            lent,
+            extra,
+            number: self.counters.posted,
+            descriptors,
+            segments,
+            writable,
+        });
+        let table = indirect.then_some((&shared.area, offset + TABLE));
+        match data {
+            // Then the chain has a fixed length, too.
+            [only] if has_trailer => add(ring, table, 3, [header, part(only), trailer]),
+            _ => {
+                let data = data.iter().map(part);
+                let end = has_trailer.then_some(trailer);
+                add(
+                    ring,
+                    table,
+                    count,
+                    core::iter::once(header).chain(data).chain(end),
+                );
+            }
+        }
+        self.counters.posted += 1;
+        Ok(())
     }
 
     /// Shows the device what was posted, and rings if it wants that.
@@ -352,9 +481,10 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             .segments
             .get(first..first + usize::from(request.segments))
             .unwrap_or(&[]);
+        let window = request.extra.window();
         let buffer = request.lent.and_then(|lent| {
             // SAFETY: the device has completed the request.
-            unsafe { lent.give_back(&self.space, segments, written as usize) }
+            unsafe { lent.give_back(&self.space, window, segments, written as usize) }
         });
         self.counters.completed += 1;
         Ok(Completed {
@@ -408,10 +538,11 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
                 .segments
                 .get(first..first + usize::from(request.segments))
                 .unwrap_or(&[]);
+            let window = request.extra.window();
             let buffer = request.lent.and_then(|lent| {
                 // SAFETY: the device was reset after it was told about the
                 // buffer (the proof).
-                unsafe { lent.give_back(&self.space, segments, 0) }
+                unsafe { lent.give_back(&self.space, window, segments, 0) }
             });
             each(request.extra, buffer);
         }

@@ -1,19 +1,18 @@
-//! What is posted to a queue: requests with a header, pieces of buffers, and
-//! commands.
+//! What is posted to a queue besides requests with a header: pieces of buffers,
+//! and commands.
 #![forbid(unsafe_code)]
 
 use super::ring::{Part, Ring};
 use super::slot::InFlight;
-use super::{HEADER_WORDS, Payload, PostError, Queue, State, TABLE, TRAILER, TRAILER_UNWRITTEN};
+use super::{Extra, PostError, Queue, State, TABLE, TRAILER, TRAILER_UNWRITTEN};
 use super::{Loan, lend};
 use crate::dma::{Direction, DmaBuf, DmaBufMut, DmaRegion, DmaSpace, Segment};
 use crate::doorbell::Doorbell;
-use crate::lent::Window;
 
 /// Makes a chain of `count` parts available, through a table at an offset of a
 /// region or as it is.
 #[inline]
-fn add<S: DmaSpace<Addr = u64>>(
+pub(super) fn add<S: DmaSpace<Addr = u64>>(
     ring: &mut Ring<S>,
     table: Option<(&DmaRegion<S>, usize)>,
     count: u16,
@@ -29,142 +28,13 @@ fn add<S: DmaSpace<Addr = u64>>(
     }
 }
 
-impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B, X, S, D> {
-    /// Posts a request: `header` for the device to read, of which at most
-    /// [`HEADER_WORDS`] count, the buffer, and the trailer.
-    pub(crate) fn post(
-        &mut self,
-        header: &[u64],
-        payload: Payload<B>,
-        extra: X,
-    ) -> Result<(), (PostError, Option<B>)>
-    where
-        B: DmaBufMut,
-    {
-        let (buffer, direction) = match payload {
-            Payload::None => (None, Direction::ToDevice),
-            Payload::ToDevice(buffer) => (Some(buffer), Direction::ToDevice),
-            Payload::FromDevice(buffer) => (Some(buffer), Direction::FromDevice),
-        };
-        if self.state != State::Live {
-            return Err((PostError::Retired, buffer));
-        }
-        let shared = &mut *self.shared;
-        let ring = &mut shared.ring;
-        let free = ring.free();
-        if free == 0 {
-            return Err((PostError::Full, buffer));
-        }
-        let id = ring.next_id();
-        let offset = usize::from(id) * self.slot_bytes;
-        let most = usize::from(self.shape.max_segments);
-        let first_segment = usize::from(id) * most;
-        let (Some(slot), Some(room)) = (
-            shared.slots.get_mut(usize::from(id)),
-            shared.segments.get_mut(first_segment..first_segment + most),
-        ) else {
-            return Err((PostError::Full, buffer));
-        };
-
-        let trailer_bytes = u32::from(self.shape.trailer);
-        let has_trailer = trailer_bytes != 0;
-        let others = 1 + u16::from(has_trailer);
-        let (lent, segments, bytes, indirect, descriptors) = match buffer {
-            None => {
-                let indirect = others > 1 && self.shape.indirect();
-                let descriptors = if indirect { 1 } else { others };
-                if free < descriptors {
-                    return Err((PostError::Full, None));
-                }
-                (None, 0, 0, indirect, descriptors)
-            }
-            Some(buffer) => {
-                let Loan {
-                    lent,
-                    segments,
-                    bytes,
-                    indirect,
-                    descriptors,
-                } = lend(
-                    &self.space,
-                    &self.shape,
-                    free,
-                    others,
-                    buffer,
-                    Window::ALL,
-                    direction,
-                    room,
-                )?;
-                (Some(lent), segments, bytes, indirect, descriptors)
-            }
-        };
-        let data = room.get(..usize::from(segments)).unwrap_or(&[]);
-        let count = others + segments;
-
-        let header_bytes = match header {
-            [low, high] => {
-                shared.area.write_u64s(offset, [*low, *high]);
-                2 * size_of::<u64>()
-            }
-            _ => {
-                let words = header.iter().take(HEADER_WORDS);
-                words.fold(0, |bytes, word| {
-                    shared.area.write_u64(offset + bytes, *word);
-                    bytes + size_of::<u64>()
-                })
-            }
-        };
-        let base = shared.area.addr() + offset as u64;
-        let from_device = direction == Direction::FromDevice;
-        let header = Part {
-            addr: base,
-            len: header_bytes as u32,
-            writable: false,
-        };
-        let trailer = Part {
-            addr: base + TRAILER as u64,
-            len: trailer_bytes,
-            writable: true,
-        };
-        let part = part_of(from_device);
-        let written = if from_device { bytes } else { 0 };
-        let writable = trailer_bytes.saturating_add(written);
-        if has_trailer {
-            shared.area.write_u8(offset + TRAILER, TRAILER_UNWRITTEN);
-        }
-        slot.0 = Some(InFlight {
-            lent,
-            extra,
-            number: self.counters.posted,
-            descriptors,
-            segments,
-            writable,
-        });
-        let table = indirect.then_some((&shared.area, offset + TABLE));
-        match data {
-            // Then the chain has a fixed length, too.
-            [only] if has_trailer => add(ring, table, 3, [header, part(only), trailer]),
-            _ => {
-                let data = data.iter().map(part);
-                let end = has_trailer.then_some(trailer);
-                add(
-                    ring,
-                    table,
-                    count,
-                    core::iter::once(header).chain(data).chain(end),
-                );
-            }
-        }
-        self.counters.posted += 1;
-        Ok(())
-    }
-
-    /// Posts a piece of a buffer by itself, without header and trailer.
+impl<B: DmaBuf, X: Extra, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B, X, S, D> {
+    /// Posts the [window](Extra::window) of a buffer by itself, without header
+    /// and trailer.
     #[inline]
     pub(crate) fn post_window(
         &mut self,
         buffer: B,
-        window: Window,
         direction: Direction,
         extra: X,
     ) -> Result<(), (PostError, Option<B>)>
@@ -199,9 +69,8 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
             &self.space,
             &self.shape,
             free,
-            0,
             buffer,
-            window,
+            extra.window(),
             direction,
             room,
         )?;
@@ -296,7 +165,7 @@ impl<B: DmaBuf, X: Copy + 'static, S: DmaSpace<Addr = u64>, D: Doorbell> Queue<B
 
 /// How a segment stands in a chain.
 #[inline]
-fn part_of(writable: bool) -> impl Fn(&Segment<u64>) -> Part {
+pub(super) fn part_of(writable: bool) -> impl Fn(&Segment<u64>) -> Part {
     move |segment| Part {
         addr: segment.addr,
         len: segment.len,

@@ -2,6 +2,19 @@
 #![forbid(unsafe_code)]
 
 use crate::dma::DmaError;
+use crate::lent::Window;
+
+/// What a driver remembers about a request.
+pub(crate) trait Extra: Copy + 'static {
+    /// Which part of the buffer the device has: always the same for one
+    /// request.
+    #[inline]
+    fn window(&self) -> Window {
+        Window::ALL
+    }
+}
+
+impl Extra for () {}
 
 /// Counters of one queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
