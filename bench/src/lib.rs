@@ -10,15 +10,18 @@
 //! - [`pass`] runs a list of jobs once: in pvkit's own monitor, in QEMU, or,
 //!   without `/dev/kvm`, in the join.
 //! - [`instructions`] counts what a driver executes for a request.
+//! - [`net`] is all of this for network cards, and the wires that they are
+//!   plugged into.
 //! - [`measure`] adds up what several passes brought.
 //! - [`output`] prints it.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod cli;
 pub mod image;
 pub mod instructions;
 pub mod machine;
 pub mod measure;
+pub mod net;
 pub mod output;
 pub mod pass;
 pub mod plan;

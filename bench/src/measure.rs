@@ -6,6 +6,7 @@ use anyhow::Result;
 use hdrhistogram::Histogram;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::block::BlockFeatures;
+use pvkit_workload::report::JobReport;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -15,6 +16,119 @@ const SAMPLES_BEYOND: f64 = 10.0;
 /// Latencies are counted up to a minute; longer ones as a minute.
 const LONGEST_NS: u64 = 60_000_000_000;
 
+/// What a guest and its host counted, in several measurements.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Costs {
+    pub(crate) kicks: u64,
+    pub(crate) interrupts: u64,
+    pub(crate) halts: u64,
+    /// Accesses as the guest counts them, in the order of
+    /// [`ACCESSES`](Self::ACCESSES).
+    guest_accesses: [u64; 4],
+    host: Option<HostCounts>,
+}
+
+impl Costs {
+    const ACCESSES: [&str; 4] = ["io_in", "io_out", "mmio_read", "mmio_write"];
+
+    pub(crate) fn add(&mut self, report: &JobReport, host: Option<&HostCounts>) {
+        self.kicks += report.kicks.get();
+        self.interrupts += report.interrupts.get();
+        self.halts += report.halts.get();
+        let accesses = [
+            report.port_reads,
+            report.port_writes,
+            report.mmio_reads,
+            report.mmio_writes,
+        ];
+        for (sum, count) in self.guest_accesses.iter_mut().zip(accesses) {
+            *sum += count.get();
+        }
+        if let Some(host) = host {
+            let sum = self.host.get_or_insert_default();
+            sum.exits = sum.exits.plus(&host.exits);
+            sum.vcpu = sum.vcpu + host.vcpu;
+            sum.worker = sum.worker + host.worker;
+            sum.kernel_workers += host.kernel_workers;
+        }
+    }
+
+    /// All exits by reason: returns to user space as the host counted them
+    /// (or, where it cannot, accesses as the guest counted them), and what the
+    /// kernel took by itself. Doorbells of emulated devices are among the
+    /// accesses.
+    pub(crate) fn exits(&self, kernel_doorbells: bool) -> BTreeMap<&'static str, u64> {
+        let mut exits: BTreeMap<&'static str, u64> = match &self.host {
+            Some(host) => host.exits.by_reason().into_iter().collect(),
+            None => Self::ACCESSES
+                .into_iter()
+                .zip(self.guest_accesses)
+                .collect(),
+        };
+        if kernel_doorbells {
+            exits.insert("doorbell", self.kicks);
+        }
+        exits.insert("halt", self.halts);
+        // Each interrupt ends with a write to the local APIC.
+        exits.insert("end_of_interrupt", self.interrupts);
+        exits.retain(|_, count| *count > 0);
+        exits
+    }
+
+    /// Who counted the exits.
+    pub(crate) fn counted_by(&self, stepped: bool) -> &'static str {
+        match self.host {
+            Some(_) => "host",
+            None if stepped => "driver",
+            None => "guest",
+        }
+    }
+
+    /// The CPU time of each of `count` things that were done, if the host knows.
+    pub(crate) fn cpu(&self, count: u64) -> Option<Cpu> {
+        self.host.map(|host| {
+            let us = |time: std::time::Duration| time.as_secs_f64() * 1e6 / count as f64;
+            Cpu {
+                vcpu_us: us(host.vcpu.total),
+                worker_us: us(host.worker.total),
+                kernel_workers_us: us(host.kernel_workers),
+                in_kernel_us: us(host.vcpu.kernel + host.worker.kernel + host.kernel_workers),
+            }
+        })
+    }
+}
+
+/// Latencies, added up.
+#[derive(Debug)]
+pub(crate) struct Latencies(Histogram<u64>);
+
+impl Latencies {
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self(Histogram::new_with_max(LONGEST_NS, 3)?))
+    }
+
+    pub(crate) fn add(&mut self, ticks: &[u64], tsc_khz: u32) {
+        for ticks in ticks {
+            let nanoseconds = *ticks as f64 * 1e6 / f64::from(tsc_khz.max(1));
+            self.0.saturating_record(nanoseconds as u64);
+        }
+    }
+
+    pub(crate) fn samples(&self) -> u64 {
+        self.0.len()
+    }
+
+    /// Microseconds, if enough samples lie beyond.
+    pub(crate) fn microseconds(&self, quantile: f64) -> Option<f64> {
+        let beyond = self.0.len() as f64 * (1.0 - quantile);
+        (beyond >= SAMPLES_BEYOND).then(|| self.0.value_at_quantile(quantile) as f64 / 1000.0)
+    }
+
+    pub(crate) fn max_us(&self) -> Option<f64> {
+        (!self.0.is_empty()).then(|| self.0.max() as f64 / 1000.0)
+    }
+}
+
 /// The sum of several measurements of a row.
 #[derive(Debug)]
 pub struct Sum {
@@ -23,13 +137,8 @@ pub struct Sum {
     rounds: u32,
     requests: u64,
     ticks: u64,
-    /// Nanoseconds.
-    latency: Histogram<u64>,
-    kicks: u64,
-    interrupts: u64,
-    halts: u64,
-    guest_accesses: [(&'static str, u64); 4],
-    host: Option<HostCounts>,
+    latency: Latencies,
+    costs: Costs,
     features: Features,
     verified_bytes: u64,
     rate: Option<f64>,
@@ -53,17 +162,8 @@ impl Sum {
             rounds: 0,
             requests: 0,
             ticks: 0,
-            latency: Histogram::new_with_max(LONGEST_NS, 3)?,
-            kicks: 0,
-            interrupts: 0,
-            halts: 0,
-            guest_accesses: [
-                ("io_in", 0),
-                ("io_out", 0),
-                ("mmio_read", 0),
-                ("mmio_write", 0),
-            ],
-            host: None,
+            latency: Latencies::new()?,
+            costs: Costs::default(),
             features: Features::empty(),
             verified_bytes: 0,
             rate: None,
@@ -81,29 +181,8 @@ impl Sum {
         self.ticks += ticks;
         self.by_round
             .push(requests as f64 / self.seconds_of(ticks).max(1e-9));
-        for latency in &measurement.latencies {
-            let nanoseconds = *latency as f64 * 1e6 / f64::from(self.tsc_khz.max(1));
-            self.latency.saturating_record(nanoseconds as u64);
-        }
-        self.kicks += report.kicks.get();
-        self.interrupts += report.interrupts.get();
-        self.halts += report.halts.get();
-        let accesses = [
-            report.port_reads,
-            report.port_writes,
-            report.mmio_reads,
-            report.mmio_writes,
-        ];
-        for ((_, sum), count) in self.guest_accesses.iter_mut().zip(accesses) {
-            *sum += count.get();
-        }
-        if let Some(host) = &measurement.host {
-            let sum = self.host.get_or_insert_default();
-            sum.exits = sum.exits.plus(&host.exits);
-            sum.vcpu = sum.vcpu + host.vcpu;
-            sum.worker = sum.worker + host.worker;
-            sum.kernel_workers += host.kernel_workers;
-        }
+        self.latency.add(&measurement.latencies, self.tsc_khz);
+        self.costs.add(report, measurement.host.as_ref());
         self.features = Features::from_bits_retain(report.features.get());
         self.verified_bytes += report.verified_bytes.get();
         self.rate = rate;
@@ -120,27 +199,6 @@ impl Sum {
         (self.requests > 0 && seconds > 0.0).then(|| self.requests as f64 / seconds)
     }
 
-    fn microseconds(&self, quantile: f64) -> Option<f64> {
-        let beyond = self.latency.len() as f64 * (1.0 - quantile);
-        (beyond >= SAMPLES_BEYOND).then(|| self.latency.value_at_quantile(quantile) as f64 / 1000.0)
-    }
-
-    /// All exits by reason: returns to user space as the host counted them
-    /// (or, where it cannot, accesses as the guest counted them), and what the
-    /// kernel took by itself.
-    fn exits(&self) -> BTreeMap<&'static str, u64> {
-        let mut exits: BTreeMap<&'static str, u64> = match &self.host {
-            Some(host) => host.exits.by_reason().into_iter().collect(),
-            None => self.guest_accesses.into_iter().collect(),
-        };
-        exits.insert("doorbell", self.kicks);
-        exits.insert("halt", self.halts);
-        // Each interrupt ends with a write to the local APIC.
-        exits.insert("end_of_interrupt", self.interrupts);
-        exits.retain(|_, count| *count > 0);
-        exits
-    }
-
     /// The figures of the row; `None` if nothing was measured.
     #[must_use]
     pub fn result(&self) -> Option<RowResult> {
@@ -150,16 +208,8 @@ impl Sum {
         let iops = self.iops();
         let row = &self.row;
         let per_request = |count: u64| count as f64 / self.requests as f64;
-        let exits = self.exits();
-        let cpu = self.host.map(|host| {
-            let us = |time: std::time::Duration| time.as_secs_f64() * 1e6 / self.requests as f64;
-            Cpu {
-                vcpu_us: us(host.vcpu.total),
-                worker_us: us(host.worker.total),
-                kernel_workers_us: us(host.kernel_workers),
-                in_kernel_us: us(host.vcpu.kernel + host.worker.kernel + host.kernel_workers),
-            }
-        });
+        let exits = self.costs.exits(true);
+        let cpu = self.costs.cpu(self.requests);
         Some(RowResult {
             name: if self.stepped {
                 row.to_string().replace("/pvkit", "/join")
@@ -180,28 +230,23 @@ impl Sum {
             depth: row.depth,
             block_bytes: row.block_bytes,
             rounds: self.rounds,
-            samples: self.latency.len(),
+            samples: self.latency.samples(),
             spin_us: row.spin_us,
             guest_spin_us: row.guest_spin_us,
             iops,
             iops_by_round: self.by_round.clone(),
             mib_per_s: iops.map(|iops| iops * f64::from(row.block_bytes) / f64::from(1 << 20)),
-            p50_us: self.microseconds(0.5),
-            p99_us: self.microseconds(0.99),
-            p999_us: self.microseconds(0.999),
-            max_us: (!self.latency.is_empty()).then(|| self.latency.max() as f64 / 1000.0),
+            p50_us: self.latency.microseconds(0.5),
+            p99_us: self.latency.microseconds(0.99),
+            p999_us: self.latency.microseconds(0.999),
+            max_us: self.latency.max_us(),
             exits_per_request: per_request(exits.values().sum()),
             exits,
-            exits_counted_by: match self.host {
-                Some(_) => "host",
-                None if self.stepped => "driver",
-                None => "guest",
-            },
-            kicks_per_request: per_request(self.kicks),
-            interrupts_per_request: per_request(self.interrupts),
-            halts_per_request: per_request(self.halts),
-            host_cpu_us_per_request: cpu
-                .map(|cpu| cpu.vcpu_us + cpu.worker_us + cpu.kernel_workers_us),
+            exits_counted_by: self.costs.counted_by(self.stepped),
+            kicks_per_request: per_request(self.costs.kicks),
+            interrupts_per_request: per_request(self.costs.interrupts),
+            halts_per_request: per_request(self.costs.halts),
+            host_cpu_us_per_request: cpu.map(|cpu| cpu.total()),
             cpu_us_per_request: cpu,
             verified: self.verified_bytes > 0,
             verified_bytes: self.verified_bytes,
@@ -220,6 +265,14 @@ pub struct Cpu {
     pub kernel_workers_us: f64,
     /// The part of all three that was spent in the kernel, by sampling.
     pub in_kernel_us: f64,
+}
+
+impl Cpu {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.vcpu_us + self.worker_us + self.kernel_workers_us
+    }
 }
 
 /// The figures of a row, as they stand in the JSON file.

@@ -1,6 +1,7 @@
 //! Which rows are measured in a run, and which of them are compared.
 
 use crate::cli::{Cli, Peer};
+use crate::net::plan::NetPlan;
 use crate::pass;
 use crate::row::{DeviceKind, Driver, Loop, Ring, Row, Vmm};
 use anyhow::{Result, bail};
@@ -21,6 +22,8 @@ pub struct Plan {
     pub pairs: Vec<(usize, usize)>,
     /// The row of whose rate open loops run at half.
     pub base: Row,
+    /// The same for network cards.
+    pub net: NetPlan,
 }
 
 /// A closed loop on a device in our monitor.
@@ -300,7 +303,8 @@ impl Plan {
                 cli.filter.is_empty() || cli.filter.iter().any(|text| name.contains(text.as_str()))
             })
             .collect();
-        if rows.is_empty() {
+        let net = NetPlan::new(cli.vs, cli.full, &cli.filter);
+        if rows.is_empty() && net.rows.is_empty() {
             bail!("no row matches {:?}; `--list` prints all names", cli.filter);
         }
         let open = rows.iter().any(|row| row.looping == Loop::Open);
@@ -311,6 +315,7 @@ impl Plan {
             pairs: pairs(&rows),
             rows,
             base,
+            net,
         })
     }
 
@@ -322,6 +327,7 @@ impl Plan {
             pairs: pairs(&rows),
             rows,
             base: self.base,
+            net: NetPlan::default(),
         }
     }
 

@@ -3,6 +3,8 @@
 use crate::cli::{Cli, Peer};
 use crate::machine::Machine;
 use crate::measure::{Pair, RowResult, Sum};
+use crate::net::run::NetOutcome;
+use crate::net::{self, table as net_table};
 use crate::output::{json, table};
 use crate::pass::{self, Measurement, Settings, Task};
 use crate::plan::Plan;
@@ -32,6 +34,9 @@ pub fn run(cli: &Cli) -> Result<()> {
         for row in &plan.rows {
             writeln!(out, "{row}")?;
         }
+        for row in &plan.net.rows {
+            writeln!(out, "{row}")?;
+        }
         return Ok(());
     }
     if let Some(path) = &cli.json {
@@ -54,12 +59,18 @@ pub fn run(cli: &Cli) -> Result<()> {
         let most = plan.rows.len();
         let needs_machine = |row: &&Row| row.vmm.is_qemu() || row.looping == Loop::Open;
         let left_out = plan.rows.iter().filter(needs_machine).count();
+        let net = plan.net.rows.len();
         plan = plan.for_join();
         let mut outcome = in_join(cli, &plan, &directory)?;
         if left_out > 0 {
             outcome.skipped.push(format!(
                 "{left_out} of {most} rows, of QEMU or in open loops: they need a virtual machine"
             ));
+        }
+        if net > 0 {
+            outcome
+                .skipped
+                .push(format!("{net} network rows: they need a virtual machine"));
         }
         outcome
     } else {
@@ -70,10 +81,12 @@ pub fn run(cli: &Cli) -> Result<()> {
         sums,
         written,
         mut skipped,
+        net,
     } = outcome;
+    skipped.extend(net.skipped);
 
     let results: Vec<RowResult> = sums.iter().filter_map(Sum::result).collect();
-    if results.is_empty() {
+    if results.is_empty() && net.results.is_empty() {
         bail!("nothing was measured; skipped: {}", skipped.join("; "));
     }
     let pairs = compare(&plan, &sums);
@@ -91,21 +104,31 @@ pub fn run(cli: &Cli) -> Result<()> {
         let document = json::Document {
             schema: json::SCHEMA,
             machine: &machine,
-            results: &results,
-            pairs: &pairs,
+            results: json::entries(&results, &net.results),
+            pairs: json::entries(&pairs, &net.pairs),
             instructions: &instructions,
             skipped: &skipped,
         };
         json::write(path, &document)?;
     }
-    writeln!(out, "\n{}", table::results(&results))?;
+    if !results.is_empty() {
+        writeln!(out, "\n{}", table::results(&results))?;
+    }
     if !pairs.is_empty() {
         writeln!(out, "\n{}", table::pairs(&pairs))?;
+    }
+    if !net.results.is_empty() {
+        writeln!(out, "\n{}", net_table::results(&net.results))?;
+    }
+    if !net.pairs.is_empty() {
+        writeln!(out, "\n{}", net_table::pairs(&net.pairs))?;
     }
     if !instructions.is_empty() {
         writeln!(out, "\n{}", table::instructions(&instructions))?;
     }
-    let verified: u64 = results.iter().map(|row| row.verified_bytes).sum();
+    let disks = results.iter().map(|row| row.verified_bytes);
+    let cards = net.results.iter().map(|row| row.verified_bytes);
+    let verified: u64 = disks.chain(cards).sum();
     write!(
         out,
         "\nData verified: {:.1} MiB by the guest",
@@ -129,6 +152,7 @@ struct Outcome {
     /// Sectors of the test file that were written, and are right.
     written: Option<u64>,
     skipped: Vec<String>,
+    net: NetOutcome,
 }
 
 fn in_join(cli: &Cli, plan: &Plan, directory: &Path) -> Result<Outcome> {
@@ -154,6 +178,7 @@ fn in_join(cli: &Cli, plan: &Plan, directory: &Path) -> Result<Outcome> {
         sums,
         written: None,
         skipped: Vec::new(),
+        net: NetOutcome::default(),
     })
 }
 
@@ -178,7 +203,10 @@ fn in_machines(
     machine.qemu = qemu.as_ref().map(|qemu| qemu.version.clone());
     writeln!(out, "{}", machine.describe())?;
 
-    let file = TestFile::new(directory)?;
+    let file = match plan.rows.as_slice() {
+        [] => None,
+        _ => Some(TestFile::new(directory)?),
+    };
     let image = image::write().context("the guest image")?;
     let settings = Settings::new(tsc_khz, Duration::from_millis(cli.duration_ms));
     let bar = progress_bar(plan, cli.rounds);
@@ -192,9 +220,9 @@ fn in_machines(
         for vmm in [Vmm::Pvkit, Vmm::QemuIothread, Vmm::Qemu] {
             let rate = half_rate(plan, &sums);
             let tasks = tasks(plan, vmm, round, rate);
-            if tasks.is_empty() {
+            let Some(file) = file.as_ref().filter(|_| !tasks.is_empty()) else {
                 continue;
-            }
+            };
             last_round = tasks
                 .iter()
                 .map(|task| task.round)
@@ -219,13 +247,23 @@ fn in_machines(
             bar.set_position(before + tasks.len() as u64);
         }
     }
+    let net = net::run::run(
+        &plan.net,
+        image.path(),
+        qemu.as_ref(),
+        &settings,
+        cli.rounds,
+        &bar,
+    )?;
     bar.finish_and_clear();
-    let written = Some(file.verify(Round(last_round))?);
+    let verify = |file: TestFile| file.verify(Round(last_round));
+    let written = file.map(verify).transpose()?;
     Ok(Outcome {
         machine,
         sums,
         written,
         skipped,
+        net,
     })
 }
 
@@ -236,7 +274,9 @@ fn find_qemu(
     software_kvm: bool,
     skipped: &mut Vec<String>,
 ) -> Option<qemu::Qemu> {
-    let count = plan.rows.iter().filter(|row| row.vmm.is_qemu()).count();
+    let disks = plan.rows.iter().filter(|row| row.vmm.is_qemu()).count();
+    let cards = plan.net.rows.iter().filter(|row| row.vmm.is_qemu());
+    let count = disks + cards.count();
     if count == 0 {
         return None;
     }
@@ -301,7 +341,7 @@ fn progress_bar(plan: &Plan, rounds: u32) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new(plan.rows.len() as u64 * u64::from(rounds));
+    let bar = ProgressBar::new((plan.rows.len() + plan.net.rows.len()) as u64 * u64::from(rounds));
     if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} measurements, {eta} left")
     {
         bar.set_style(style);

@@ -20,49 +20,53 @@ use pvkit_guest::register::PortIo;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
 use pvkit_guest::virtio::transport::{MmioTransport, Transport};
 use pvkit_protocol::emulated::ata::PRIMARY;
-use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::mmio::QUEUE_NOTIFY;
-use pvkit_workload::report::{Header, JobReport, MAGIC, OUTCOME_FAILED, Sample, samples_offset};
+use pvkit_protocol::virtio::{Features, device_id};
+use pvkit_workload::net::report::NetReport;
+use pvkit_workload::report::{
+    Header, JobReport, MAGIC, OUTCOME_FAILED, Sample, net_reports_offset, samples_offset,
+};
 use pvkit_workload::run::{Counts, Machine, Outcome, Target, run};
-use pvkit_workload::script::{Completion, Device, Driver, Job, MARK_PORT, Mark};
+use pvkit_workload::script::{Completion, Device, Driver, Job, MARK_PORT, Mark, Script};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Runs all jobs; what happens is in the report.
 pub(crate) fn run_all(
     start: &Start,
-    jobs: &[Job],
+    script: &Script<'_>,
     report: &mut [u8],
     ports: CountingPorts,
     interrupts: Interrupts,
 ) {
-    let samples_at = samples_offset(jobs.len());
+    let Script { jobs, net_jobs, .. } = script;
+    let samples_at = samples_offset(jobs.len(), net_jobs.len());
     let Some((reports, samples)) = report.split_at_mut_checked(samples_at) else {
-        let _ = writeln!(Console, "the report has no room for {} jobs", jobs.len());
+        let count = jobs.len() + net_jobs.len();
+        let _ = writeln!(Console, "the report has no room for {count} jobs");
         return;
     };
     let Ok((samples, _)) = <[Sample]>::mut_from_prefix(samples) else {
         return;
     };
-    let mut first_sample = 0;
-    // What one job has assigned stays assigned.
-    let free = RefCell::new(virtio_pci::FREE);
-    let mut header = Header {
-        magic: MAGIC,
-        done: U32::ZERO,
-        reserved: U32::ZERO,
+    let guest = Guest {
+        start,
+        ports: &ports,
+        interrupts: &interrupts,
+        // What one job has assigned stays assigned.
+        free: &RefCell::new(virtio_pci::FREE),
     };
-    for (number, job) in jobs.iter().enumerate() {
+    let mut out = Reports {
+        reports,
+        ports: &ports,
+        done: 0,
+    };
+    let mut first_sample = 0;
+    for (index, job) in jobs.iter().enumerate() {
         let room = samples.get_mut(first_sample..).unwrap_or(&mut []);
         let mut report = JobReport::new_zeroed();
         report.first_sample.set(first_sample as u64);
-        let guest = Guest {
-            start,
-            ports: &ports,
-            interrupts: &interrupts,
-            free: &free,
-        };
-        match guest.run_job(job, number as u32, room) {
+        match guest.run_job(job, out.done, room) {
             Ok((outcome, features)) => {
                 report.start.set(outcome.start);
                 report.end.set(outcome.end);
@@ -75,30 +79,68 @@ pub(crate) fn run_all(
                 report.set_message(&message);
             }
         }
-        let at = size_of::<Header>() + number * size_of::<JobReport>();
-        if let Some(place) = reports.get_mut(at..at + size_of::<JobReport>()) {
-            place.copy_from_slice(report.as_bytes());
+        let at = size_of::<Header>() + index * size_of::<JobReport>();
+        out.write(at, report.as_bytes());
+    }
+    for (index, job) in net_jobs.iter().enumerate() {
+        let room = samples.get_mut(first_sample..).unwrap_or(&mut []);
+        let mut report = NetReport::new_zeroed();
+        match guest.run_net_job(job, out.done, room) {
+            Ok((outcome, features)) => {
+                report.set(&outcome, features);
+                report.job.first_sample.set(first_sample as u64);
+                first_sample += outcome.common.samples;
+            }
+            Err(message) => {
+                report.job.outcome.set(OUTCOME_FAILED);
+                report.job.set_message(&message);
+            }
         }
-        header.done.set(number as u32 + 1);
-        if let Some(place) = reports.get_mut(..size_of::<Header>()) {
+        let at = net_reports_offset(jobs.len()) + index * size_of::<NetReport>();
+        out.write(at, report.as_bytes());
+    }
+}
+
+/// Where reports go.
+struct Reports<'a> {
+    reports: &'a mut [u8],
+    ports: &'a CountingPorts,
+    /// Jobs that are over.
+    done: u32,
+}
+
+impl Reports<'_> {
+    /// Writes the report of the job that is over.
+    fn write(&mut self, at: usize, report: &[u8]) {
+        if let Some(place) = self.reports.get_mut(at..at + report.len()) {
+            place.copy_from_slice(report);
+        }
+        let number = self.done;
+        self.done += 1;
+        let header = Header {
+            magic: MAGIC,
+            done: U32::new(self.done),
+            reserved: U32::ZERO,
+        };
+        if let Some(place) = self.reports.get_mut(..size_of::<Header>()) {
             place.copy_from_slice(header.as_bytes());
         }
         // For monitors that do not take marks.
         let _ = writeln!(Console, "job {number} done");
-        ports.write_u32(MARK_PORT, Mark::Done(number as u32).encode());
+        self.ports.write_u32(MARK_PORT, Mark::Done(number).encode());
     }
 }
 
-struct Guest<'a> {
+pub(crate) struct Guest<'a> {
     start: &'a Start,
-    ports: &'a CountingPorts,
-    interrupts: &'a Interrupts,
+    pub(crate) ports: &'a CountingPorts,
+    pub(crate) interrupts: &'a Interrupts,
     /// Addresses for windows that firmware left without.
-    free: &'a RefCell<MemoryPool>,
+    pub(crate) free: &'a RefCell<MemoryPool>,
 }
 
 /// The counters and the interrupt line that belong to a job.
-struct JobMachine<'a> {
+pub(crate) struct JobMachine<'a> {
     ports: &'a CountingPorts,
     line: Line,
 }
@@ -149,7 +191,7 @@ impl Guest<'_> {
         }
     }
 
-    fn machine(&self, pin: u32) -> Result<JobMachine<'_>, String> {
+    pub(crate) fn machine(&self, pin: u32) -> Result<JobMachine<'_>, String> {
         let line = self
             .interrupts
             .line(pin)
@@ -157,7 +199,7 @@ impl Guest<'_> {
         Ok(self.machine_with(line))
     }
 
-    fn machine_with(&self, line: Line) -> JobMachine<'_> {
+    pub(crate) fn machine_with(&self, line: Line) -> JobMachine<'_> {
         JobMachine {
             ports: self.ports,
             line,
@@ -219,7 +261,7 @@ impl Guest<'_> {
         buffers: Vec<PageBuf>,
         samples: &mut [Sample],
     ) -> Result<(Outcome, Features), String> {
-        let place = self.mmio_place(job)?;
+        let place = self.mmio_place(job.index)?;
         let registers = place.registers()?;
         let transport = MmioTransport::new(registers).map_err(|error| error.to_string())?;
         let machine = self.machine(place.gsi)?;
@@ -237,7 +279,7 @@ impl Guest<'_> {
         if Completion::from_code(job.completion) != Some(Completion::Polled) {
             return Err("this driver is only measured polled".to_string());
         }
-        let place = self.mmio_place(job)?;
+        let place = self.mmio_place(job.index)?;
         let line = self.interrupts.masked_line(place.gsi);
         let line = line.ok_or_else(|| format!("no interrupt pin {}", place.gsi))?;
         let mut machine = self.machine_with(line);
@@ -263,11 +305,11 @@ impl Guest<'_> {
         Ok((outcome.map_err(|error| error.to_string())?, features))
     }
 
-    /// The device that a job names.
-    fn mmio_place(&self, job: &Job) -> Result<MmioPlace, String> {
+    /// The virtio-mmio device that a job names.
+    pub(crate) fn mmio_place(&self, index: U32) -> Result<MmioPlace, String> {
         mmio_places(self.start.command_line)
-            .nth(job.index.get() as usize)
-            .ok_or_else(|| format!("no virtio-mmio device {}", job.index))
+            .nth(index.get() as usize)
+            .ok_or_else(|| format!("no virtio-mmio device {index}"))
     }
 
     fn run_virtio_pci(
@@ -280,7 +322,15 @@ impl Guest<'_> {
         let by_interrupt = Completion::from_code(job.completion) == Some(Completion::Interrupt);
         let index = job.index.get() as usize;
         let mut free = self.free.borrow_mut();
-        let found = virtio_pci::open(self.ports, self.interrupts, &mut free, index, by_interrupt)?;
+        let kind = device_id::BLOCK;
+        let found = virtio_pci::open(
+            self.ports,
+            self.interrupts,
+            &mut free,
+            kind,
+            index,
+            by_interrupt,
+        )?;
         let machine = self.machine_with(found.line);
         let vector = found.vector;
         let (mut outcome, features) = self.run_virtio(
@@ -371,10 +421,10 @@ impl<B: DmaBufMut> Target<B> for Ide<B> {
 }
 
 /// Where a virtio-mmio device is.
-struct MmioPlace {
+pub(crate) struct MmioPlace {
     base: usize,
     bytes: usize,
-    gsi: u32,
+    pub(crate) gsi: u32,
 }
 
 impl MmioPlace {
@@ -383,7 +433,7 @@ impl MmioPlace {
         Ok(NonNull::new(base).ok_or("a device at address 0")?)
     }
 
-    fn registers(&self) -> Result<CountingRegisters, String> {
+    pub(crate) fn registers(&self) -> Result<CountingRegisters, String> {
         let base = self.base()?;
         // SAFETY: the monitor says that the window is there; it is mapped
         // uncached, and one driver uses it at a time.

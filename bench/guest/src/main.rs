@@ -15,6 +15,7 @@ mod cpu;
 mod interrupts;
 mod jobs;
 mod memory;
+mod net;
 mod peer;
 mod virtio_pci;
 
@@ -44,20 +45,20 @@ unsafe extern "C" fn guest_main(start_info: usize) -> ! {
         Ok(start) => start,
         Err(error) => fail(error),
     };
-    let (header, jobs) = match script::parse(start.module) {
+    let script = match script::parse(start.module) {
         Ok(script) => script,
         Err(error) => fail(StartError::Script(error)),
     };
     // SAFETY: called once, before anything is allocated; the memory between
     // image and report is the guest's own.
-    let report = match unsafe { memory::lay_out(&start, &header) } {
+    let report = match unsafe { memory::lay_out(&start, &script.header) } {
         Ok(report) => report,
         Err(error) => fail(error),
     };
     let ports = counting::ports();
     // SAFETY: called once, with the interrupt controllers where PCs have them.
     let interrupts = unsafe { interrupts::set_up() };
-    jobs::run_all(&start, jobs, report, ports, interrupts);
+    jobs::run_all(&start, &script, report, ports, interrupts);
     exit(code::DONE)
 }
 

@@ -171,6 +171,18 @@ impl DerefMut for PageBuf {
     }
 }
 
+impl AsRef<[u8]> for PageBuf {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl AsMut<[u8]> for PageBuf {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
 // SAFETY: exclusive ownership of plain bytes.
 unsafe impl Send for PageBuf {}
 

@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 use pvkit_guest::pci::{MemoryBar, MemoryPool, Msix, MsixError, PciConfig};
 use pvkit_guest::virtio::transport::PciTransport;
 use pvkit_protocol::pci::{Bdf, Command, header, i440fx};
-use pvkit_protocol::virtio::{device_id, pci};
+use pvkit_protocol::virtio::pci;
 
 /// Addresses for windows that firmware left without: mapped uncached by
 /// `boot.s`, behind virtio-mmio, and before what firmware takes.
@@ -20,19 +20,19 @@ const DEVICES_END: u64 = 1 << 32;
 /// The interrupt line of functions for which firmware has chosen none: one that
 /// PCs keep for PCI.
 const PCI_LINE: u8 = 11;
-/// The queue's vector.
+/// The queues' vector.
 const QUEUE_VECTOR: u16 = 0;
 
-/// A block device, and how it interrupts.
+/// A virtio device, and how it interrupts.
 pub(crate) struct Found {
     pub(crate) transport: PciTransport<CountingRegisters>,
     pub(crate) line: Line,
-    /// The queue's vector, if the device interrupts by message.
+    /// The queues' vector, if the device interrupts by message.
     pub(crate) vector: Option<u16>,
 }
 
 /// What a base address register decodes, if it lies where devices are.
-fn map(bar: MemoryBar) -> Option<CountingRegisters> {
+pub(crate) fn map(bar: MemoryBar) -> Option<CountingRegisters> {
     let end = bar.base.checked_add(bar.size)?;
     if bar.base < DEVICES_START || end > DEVICES_END {
         return None;
@@ -46,7 +46,7 @@ fn map(bar: MemoryBar) -> Option<CountingRegisters> {
 /// The line that a function's pin ends at. Firmware says which, but not always
 /// what the board does (qboot on QEMU's 440FX), so a PIIX3 routes all pins to
 /// that line; where the monitor has fixed routes, that changes nothing.
-fn pin_of(config: &PciConfig<CountingPorts>, place: Bdf) -> u8 {
+pub(crate) fn pin_of(config: &PciConfig<CountingPorts>, place: Bdf) -> u8 {
     let line = match config.read_u8(place, header::INTERRUPT_LINE) {
         0 | 0xff => PCI_LINE,
         line => line,
@@ -58,21 +58,22 @@ fn pin_of(config: &PciConfig<CountingPorts>, place: Bdf) -> u8 {
     line
 }
 
-/// The block device number `index` on bus 0, by slot.
+/// The device number `index` of a kind on bus 0, by slot.
 pub(crate) fn open(
     ports: &CountingPorts,
     interrupts: &Interrupts,
     free: &mut MemoryPool,
+    kind: u32,
     index: usize,
     by_interrupt: bool,
 ) -> Result<Found, String> {
     let config = PciConfig::new(ports.clone());
-    let block = pci::device(device_id::BLOCK);
+    let wanted = pci::device(kind);
     let function = config
         .functions()
-        .filter(|found| found.vendor == pci::VENDOR && Some(found.device) == block)
+        .filter(|found| found.vendor == pci::VENDOR && Some(found.device) == wanted)
         .nth(index)
-        .ok_or_else(|| format!("no virtio-pci block device {index}"))?;
+        .ok_or_else(|| format!("no virtio-pci device {index} of kind {kind}"))?;
     let place = function.place;
     let transport =
         PciTransport::new(&config, &function, free, map).map_err(|error| error.to_string())?;

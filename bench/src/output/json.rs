@@ -3,6 +3,7 @@
 use crate::instructions::Instructions;
 use crate::machine::Machine;
 use crate::measure::{Pair, RowResult};
+use crate::net::result::{NetPair, NetResult};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::fs;
@@ -16,14 +17,30 @@ pub struct Document<'a> {
     pub schema: &'static str,
     /// The machine that was measured on.
     pub machine: &'a Machine,
-    /// One entry a row.
-    pub results: &'a [RowResult],
-    /// Comparisons.
-    pub pairs: &'a [Pair],
+    /// One entry a row: those of disks, then those of network cards.
+    pub results: Vec<Entry<'a, RowResult, NetResult>>,
+    /// Comparisons, the same way.
+    pub pairs: Vec<Entry<'a, Pair, NetPair>>,
     /// Instructions that drivers take; empty unless they were counted.
     pub instructions: &'a [Instructions],
     /// What was left out, and why.
     pub skipped: &'a [String],
+}
+
+/// Something about a disk, or about a network card.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Entry<'a, D, N> {
+    /// About a disk.
+    Disk(&'a D),
+    /// About a network card.
+    Net(&'a N),
+}
+
+/// Both lists in one.
+pub fn entries<'a, D, N>(disks: &'a [D], nets: &'a [N]) -> Vec<Entry<'a, D, N>> {
+    let disks = disks.iter().map(Entry::Disk);
+    disks.chain(nets.iter().map(Entry::Net)).collect()
 }
 
 /// The name of the schema.
@@ -95,8 +112,8 @@ mod tests {
         let document = Document {
             schema: SCHEMA,
             machine: &machine,
-            results: &[],
-            pairs: &[],
+            results: Vec::new(),
+            pairs: Vec::new(),
             instructions: &[],
             skipped: &[],
         };

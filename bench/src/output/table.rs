@@ -6,7 +6,7 @@ use crate::row::Driver;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
-fn table(header: &[&str], left: usize) -> Table {
+pub(crate) fn table(header: &[&str], left: usize) -> Table {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
@@ -37,7 +37,7 @@ pub fn figure(value: f64) -> String {
     }
 }
 
-fn optional(value: Option<f64>) -> String {
+pub(crate) fn optional(value: Option<f64>) -> String {
     value.map_or("-".to_owned(), figure)
 }
 

@@ -8,6 +8,7 @@ use pvkit_host::bus::BusDevice;
 use pvkit_host::disk::FileDisk;
 use pvkit_host::emulated::ata::DriveOptions;
 use pvkit_host::executor::ThreadOptions;
+use pvkit_host::memory::GuestMemory;
 use pvkit_host::virtio::block::{Block, BlockOptions};
 use pvkit_host::virtio::transport::PciOptions;
 use pvkit_host::vmm::{
@@ -130,6 +131,76 @@ pub fn run(
     settings: &Settings,
     progress: Progress<'_>,
 ) -> Result<Vec<Measurement>> {
+    let pass = Pass {
+        image,
+        script: &script(tasks, settings),
+        names: tasks.iter().map(|task| task.row.to_string()).collect(),
+        patience: patience(tasks.len(), settings),
+        progress,
+    };
+    let ran = run_machine(&pass, |vm| add_disks(vm, disk, settings))?;
+    let mut measurements = read_report(&ran.memory, tasks).context("pvkit")?;
+    for (measurement, host) in measurements.iter_mut().zip(ran.host) {
+        measurement.host = host;
+    }
+    Ok(measurements)
+}
+
+/// The same disk twice on each transport: behind a worker that spins, and one
+/// that does not.
+fn add_disks(vm: &mut Vm, disk: &FileDisk, settings: &Settings) -> Result<()> {
+    let block = BlockOptions {
+        in_order: settings.in_order,
+        ..BlockOptions::default()
+    };
+    for spin in [SPIN_US, 0] {
+        let device = Block::new(Arc::new(disk.clone()), block.clone())?;
+        let threads = threads_spinning(spin);
+        vm.add_virtio_mmio(Box::new(device), threads)?;
+        let device = Block::new(Arc::new(disk.clone()), block.clone())?;
+        vm.add_virtio_pci(Box::new(device), threads, pci_options(settings))?;
+    }
+    vm.add_ide([Some(DriveOptions::new(Arc::new(disk.clone()))), None])?;
+    Ok(())
+}
+
+/// Threads that poll for so many microseconds before they sleep.
+pub(crate) fn threads_spinning(us: u32) -> ThreadOptions {
+    ThreadOptions {
+        spin: Duration::from_micros(u64::from(us)),
+        ..ThreadOptions::default()
+    }
+}
+
+pub(crate) fn pci_options(settings: &Settings) -> PciOptions {
+    match settings.vectors {
+        Some(vectors) => PciOptions::default().with_vectors(vectors),
+        None => PciOptions::default(),
+    }
+}
+
+/// What a machine is to run.
+pub(crate) struct Pass<'a> {
+    pub(crate) image: &'a Path,
+    pub(crate) script: &'a [u8],
+    /// Of the jobs, for messages.
+    pub(crate) names: Vec<String>,
+    pub(crate) patience: Duration,
+    pub(crate) progress: Progress<'a>,
+}
+
+/// What is left of a machine that did all its jobs.
+pub(crate) struct Ran {
+    pub(crate) memory: GuestMemory,
+    /// What the host counted, by job.
+    pub(crate) host: Vec<Option<HostCounts>>,
+}
+
+/// Runs a script in a virtual machine with the devices that `devices` adds.
+pub(crate) fn run_machine(
+    pass: &Pass<'_>,
+    devices: impl FnOnce(&mut Vm) -> Result<()>,
+) -> Result<Ran> {
     let mut vm = Vm::new(VmOptions {
         memory_bytes: MEMORY_BYTES,
         vcpus: 1,
@@ -146,39 +217,17 @@ pub fn run(
     };
     let port = Arc::new(Mutex::new(port));
     vm.add_ports(MARK_PORT, 4, port.clone());
-    // The same disk twice on each transport: behind a worker that spins, and
-    // one that does not.
-    let block = BlockOptions {
-        in_order: settings.in_order,
-        ..BlockOptions::default()
-    };
-    for spin in [SPIN_US, 0] {
-        let device = Block::new(Arc::new(disk.clone()), block.clone())?;
-        let spin = Duration::from_micros(u64::from(spin));
-        let threads = ThreadOptions {
-            spin,
-            ..ThreadOptions::default()
-        };
-        vm.add_virtio_mmio(Box::new(device), threads)?;
-        let device = Block::new(Arc::new(disk.clone()), block.clone())?;
-        let options = match settings.vectors {
-            Some(vectors) => PciOptions::default().with_vectors(vectors),
-            None => PciOptions::default(),
-        };
-        vm.add_virtio_pci(Box::new(device), threads, options)?;
-    }
-    vm.add_ide([Some(DriveOptions::new(Arc::new(disk.clone()))), None])?;
-    vm.load(image, "", Some(&script(tasks, settings)))?;
+    devices(&mut vm)?;
+    vm.load(pass.image, "", Some(pass.script))?;
     lock(&port).threads = Some(vm.threads());
 
     let memory = vm.memory().clone();
     let stopper = vm.stopper();
-    let patience = patience(tasks, settings);
     let stop = thread::scope(|scope| {
         let watch = scope.spawn(move || {
             loop {
-                match jobs_done.recv_timeout(patience) {
-                    Ok(count) => progress(count),
+                match jobs_done.recv_timeout(pass.patience) {
+                    Ok(count) => (pass.progress)(count),
                     Err(RecvTimeoutError::Timeout) => {
                         stopper.stop();
                         return true;
@@ -195,24 +244,23 @@ pub fn run(
     });
     let (stop, hung) = stop?;
     let marks = lock(&marks);
-    let at = || {
-        tasks
-            .get(marks.done)
-            .map_or("the end".to_owned(), |task| task.row.to_string())
-    };
+    let at = || pass.names.get(marks.done).map_or("the end", String::as_str);
     if hung {
-        bail!("the guest hung for {} s at {}", patience.as_secs(), at());
+        bail!(
+            "the guest hung for {} s at {}",
+            pass.patience.as_secs(),
+            at()
+        );
     }
     match stop {
         Stop::DebugExit(0) => {}
         stop => bail!("{stop} at {}\n{}", at(), console.tail()),
     }
-    let mut measurements = read_report(&memory, tasks).context("pvkit")?;
-    for (number, measurement) in measurements.iter_mut().enumerate() {
-        let number = number as u32;
-        if let (Some(start), Some(end)) = (marks.started.get(&number), marks.ended.get(&number)) {
-            measurement.host = Some(end.since(start));
-        }
-    }
-    Ok(measurements)
+    let host = (0..pass.names.len() as u32)
+        .map(|number| {
+            let start = marks.started.get(&number)?;
+            Some(marks.ended.get(&number)?.since(start))
+        })
+        .collect();
+    Ok(Ran { memory, host })
 }

@@ -7,12 +7,13 @@ pub mod qemu;
 use crate::row::{Loop, Ring, Row};
 use crate::test_file::{HALF_SECTORS, WRITE_SECTOR};
 use anyhow::{Context, Result, bail, ensure};
-use pvkit_host::memory::GuestMemory;
+use pvkit_host::memory::{GuestMemory, Snapshot};
 use pvkit_host::vmm::{ExitCounts, ThreadTime};
 use pvkit_protocol::virtio::Features;
 use pvkit_workload::pattern;
 use pvkit_workload::report::{self, JobReport, OUTCOME_OK, Sample};
 use pvkit_workload::script::{Header, Job, MAGIC, VERSION};
+use std::sync::Arc;
 use std::time::Duration;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -24,7 +25,7 @@ pub const REPORT_ADDR: u64 = 64 << 20;
 /// Room for the report: the rest of memory but a piece for the script.
 pub const REPORT_BYTES: u64 = 160 << 20;
 /// Most requests of one measurement, so that all samples of a pass fit.
-const MAX_SAMPLES: u64 = REPORT_BYTES / size_of::<Sample>() as u64;
+pub(crate) const MAX_SAMPLES: u64 = REPORT_BYTES / size_of::<Sample>() as u64;
 
 /// A row that is to be measured in a pass.
 #[derive(Debug, Clone, Copy)]
@@ -114,13 +115,7 @@ pub type Progress<'a> = &'a (dyn Fn(usize) + Sync);
 /// The script for a list of tasks.
 #[must_use]
 pub fn script(tasks: &[Task], settings: &Settings) -> Vec<u8> {
-    let mut header = Header::new_zeroed();
-    header.magic = MAGIC;
-    header.version = U32::new(VERSION);
-    header.jobs = U32::new(tasks.len() as u32);
-    header.report_addr.set(REPORT_ADDR);
-    header.report_bytes.set(REPORT_BYTES);
-    let mut script = header.as_bytes().to_vec();
+    let mut script = script_header(tasks.len(), 0).as_bytes().to_vec();
     let samples_each = (MAX_SAMPLES / (tasks.len() as u64 + 1)).max(1000);
     for task in tasks {
         script.extend_from_slice(job(task, settings, samples_each).as_bytes());
@@ -128,8 +123,20 @@ pub fn script(tasks: &[Task], settings: &Settings) -> Vec<u8> {
     script
 }
 
-/// Microseconds in ticks.
-fn ticks(settings: &Settings, time: Duration) -> u64 {
+/// The start of a script with so many jobs on disks and on network cards.
+pub(crate) fn script_header(jobs: usize, net_jobs: usize) -> Header {
+    let mut header = Header::new_zeroed();
+    header.magic = MAGIC;
+    header.version = U32::new(VERSION);
+    header.jobs = U32::new(jobs as u32);
+    header.net_jobs = U32::new(net_jobs as u32);
+    header.report_addr.set(REPORT_ADDR);
+    header.report_bytes.set(REPORT_BYTES);
+    header
+}
+
+/// A time in ticks.
+pub(crate) fn ticks(settings: &Settings, time: Duration) -> u64 {
     (time.as_secs_f64() * f64::from(settings.tsc_khz) * 1000.0) as u64
 }
 
@@ -178,21 +185,12 @@ pub(crate) fn job(task: &Task, settings: &Settings, samples: u64) -> Job {
 /// # Errors
 /// If there is none, or it makes no sense.
 pub fn read_report(memory: &GuestMemory, tasks: &[Task]) -> Result<Vec<Measurement>> {
-    let memory = memory.snapshot();
-    let read = |offset: usize, out: &mut [u8]| memory.read(REPORT_ADDR + offset as u64, out);
-    let mut header = report::Header::new_zeroed();
-    read(0, header.as_mut_bytes())?;
-    ensure!(header.magic == report::MAGIC, "the guest left no report");
+    let source = Report::open(memory)?;
     let mut measurements = Vec::new();
     for (number, task) in tasks.iter().enumerate() {
-        let mut report = JobReport::new_zeroed();
         let at = size_of::<report::Header>() + number * size_of::<JobReport>();
-        read(at, report.as_mut_bytes())?;
-        match report.outcome.get() {
-            OUTCOME_OK => {}
-            0 => bail!("{}: the guest did not get that far", task.row),
-            _ => bail!("{}: {}", task.row, report.message()),
-        }
+        let report: JobReport = source.read(at)?;
+        check_outcome(&report).with_context(|| task.row.to_string())?;
         let features = Features::from_bits_retain(report.features.get());
         let packed = features.contains(Features::RING_PACKED);
         ensure!(
@@ -200,24 +198,10 @@ pub fn read_report(memory: &GuestMemory, tasks: &[Task]) -> Result<Vec<Measureme
             "{}: the ring is another one",
             task.row
         );
-        let count = report.samples.get() as usize;
-        let first = report.first_sample.get() as usize;
-        let offset = report::samples_offset(tasks.len()) + first * size_of::<Sample>();
-        let bytes = count * size_of::<Sample>();
-        ensure!(
-            (offset + bytes) as u64 <= REPORT_BYTES,
-            "{}: too many samples",
-            task.row
-        );
-        let mut samples = vec![0; bytes];
-        read(offset, &mut samples)?;
-        let samples = <[Sample]>::ref_from_bytes(&samples)
-            .ok()
-            .with_context(|| format!("{}: samples are cut short", task.row))?;
-        let latencies = samples
-            .iter()
-            .map(|s| s.end.get().saturating_sub(s.start.get()))
-            .collect();
+        let samples = report::samples_offset(tasks.len(), 0);
+        let latencies = source
+            .latencies(&report, samples)
+            .with_context(|| task.row.to_string())?;
         measurements.push(Measurement {
             index: task.index,
             report,
@@ -228,10 +212,58 @@ pub fn read_report(memory: &GuestMemory, tasks: &[Task]) -> Result<Vec<Measureme
     Ok(measurements)
 }
 
+/// Whether a job went well.
+pub(crate) fn check_outcome(report: &JobReport) -> Result<()> {
+    match report.outcome.get() {
+        OUTCOME_OK => Ok(()),
+        0 => bail!("the guest did not get that far"),
+        _ => bail!("{}", report.message()),
+    }
+}
+
+/// The report in a guest's memory.
+pub(crate) struct Report(Arc<Snapshot>);
+
+impl Report {
+    pub(crate) fn open(memory: &GuestMemory) -> Result<Self> {
+        let report = Self(memory.snapshot());
+        let header: report::Header = report.read(0)?;
+        ensure!(header.magic == report::MAGIC, "the guest left no report");
+        Ok(report)
+    }
+
+    /// What stands at an offset.
+    pub(crate) fn read<T: FromBytes + IntoBytes>(&self, offset: usize) -> Result<T> {
+        let mut value = T::new_zeroed();
+        self.0
+            .read(REPORT_ADDR + offset as u64, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// Times from start to end of a job's samples; those of all jobs begin at
+    /// `samples`.
+    pub(crate) fn latencies(&self, report: &JobReport, samples: usize) -> Result<Vec<u64>> {
+        let count = report.samples.get() as usize;
+        let first = report.first_sample.get() as usize;
+        let offset = samples + first * size_of::<Sample>();
+        let bytes = count * size_of::<Sample>();
+        ensure!((offset + bytes) as u64 <= REPORT_BYTES, "too many samples");
+        let mut samples = vec![0; bytes];
+        self.0.read(REPORT_ADDR + offset as u64, &mut samples)?;
+        let samples = <[Sample]>::ref_from_bytes(&samples)
+            .ok()
+            .context("samples are cut short")?;
+        Ok(samples
+            .iter()
+            .map(|s| s.end.get().saturating_sub(s.start.get()))
+            .collect())
+    }
+}
+
 /// How long a pass may take before it counts as hung.
 #[must_use]
-pub fn patience(tasks: &[Task], settings: &Settings) -> Duration {
+pub fn patience(tasks: usize, settings: &Settings) -> Duration {
     // Verification of slow devices takes about as long as the measurement.
     let each = 4 * settings.duration + Duration::from_secs(2);
-    each * tasks.len() as u32 + Duration::from_secs(20)
+    each * tasks as u32 + Duration::from_secs(20)
 }

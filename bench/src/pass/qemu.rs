@@ -1,5 +1,6 @@
 //! A pass in QEMU, with the same guest image on the same file.
 
+use super::kvm::Pass;
 use super::{MEMORY_BYTES, Measurement, Progress, Settings, Task};
 use super::{patience, read_report, script};
 use crate::scratch::Scratch;
@@ -102,7 +103,30 @@ pub fn run(
     settings: &Settings,
     progress: Progress<'_>,
 ) -> Result<Vec<Measurement>> {
-    let module = Scratch::with(&script(tasks, settings)).context("the script")?;
+    let pass = Pass {
+        image,
+        script: &script(tasks, settings),
+        names: tasks.iter().map(|task| task.row.to_string()).collect(),
+        patience: patience(tasks.len(), settings),
+        progress,
+    };
+    let (memory, said) = run_machine(qemu, &pass, |command| {
+        add_disks(command, qemu, disk, settings);
+    })?;
+    read_report(&memory, tasks).context(said)
+}
+
+/// Runs a script in QEMU with the devices that `devices` adds to its command
+/// line. Returns the guest's memory, and what QEMU said.
+pub(crate) fn run_machine(
+    qemu: &Qemu,
+    pass: &Pass<'_>,
+    devices: impl FnOnce(&mut Command),
+) -> Result<(GuestMemory, String)> {
+    let Pass {
+        patience, progress, ..
+    } = *pass;
+    let module = Scratch::with(pass.script).context("the script")?;
     // The guest's memory, for the report. In memory, if there is such a place.
     let shm = Path::new("/dev/shm");
     let directory = if shm.is_dir() {
@@ -113,10 +137,13 @@ pub fn run(
     let ram = Scratch::new(&directory).context("the guest's memory")?;
     ram.file().set_len(MEMORY_BYTES)?;
 
-    let mut child = Guard(command(qemu, image, module.path(), ram.path(), disk, settings).spawn()?);
+    let mut command = command(qemu, pass.image, module.path(), ram.path());
+    devices(&mut command);
+    let mut child = Guard(command.spawn()?);
+    // It may have descriptors that nobody else is to keep.
+    drop(command);
     let stdout = child.0.stdout.take().context("no output")?;
     let stderr = child.0.stderr.take().context("no errors")?;
-    let patience = patience(tasks, settings);
     let over = AtomicBool::new(false);
     let (status, console, errors) = thread::scope(|scope| {
         let console = scope.spawn(|| {
@@ -163,31 +190,12 @@ pub fn run(
         Some(FileOffset::new(ram.file().try_clone()?, 0)),
     )]);
     let memory = GuestMemory::new(Arc::new(map.context("the guest's memory")?))?;
-    read_report(&memory, tasks).context(said)
+    Ok((memory, said))
 }
 
-fn command(
-    qemu: &Qemu,
-    image: &Path,
-    module: &Path,
-    ram: &Path,
-    disk: &Path,
-    settings: &Settings,
-) -> Command {
+/// QEMU without devices.
+fn command(qemu: &Qemu, image: &Path, module: &Path, ram: &Path) -> Command {
     let mut command = Command::new(QEMU);
-    let mut virtio = "virtio-blk-pci,drive=disk,share-rw=on,disable-legacy=on,packed=on".to_owned();
-    if settings.in_order {
-        virtio.push_str(",in_order=on");
-    }
-    if let Some(vectors) = settings.vectors {
-        virtio.push_str(&format!(",vectors={vectors}"));
-    }
-    let mut node = String::new();
-    if qemu.iothread {
-        virtio.push_str(",iothread=io");
-        node.push_str(",file.aio=io_uring");
-    }
-    let path = |path: &Path| path.display().to_string().replace(',', ",,");
     let cpu = if qemu.software_kvm {
         "host,arch-capabilities=off"
     } else {
@@ -201,10 +209,10 @@ fn command(
             "-object",
             &format!(
                 "memory-backend-file,id=ram,size={MEMORY_BYTES},share=on,mem-path={}",
-                path(ram)
+                option_path(ram)
             ),
         ])
-        .args(["-bios", &path(&qemu.firmware)])
+        .args(["-bios", &option_path(&qemu.firmware)])
         .args([
             "-nodefaults",
             "-no-user-config",
@@ -214,19 +222,40 @@ fn command(
         ])
         .args(["-serial", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"])
-        // One file behind two devices, of which one at a time is used.
-        .args([
-            "-blockdev",
-            &format!(
-                "driver=raw,node-name=disk,file.driver=file,file.filename={}{node}",
-                path(disk)
-            ),
-        ])
         .args(["-kernel", &image.display().to_string()])
         .args(["-initrd", &module.display().to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    command
+}
+
+/// A path inside an option.
+fn option_path(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+fn add_disks(command: &mut Command, qemu: &Qemu, disk: &Path, settings: &Settings) {
+    let mut virtio = "virtio-blk-pci,drive=disk,share-rw=on,disable-legacy=on,packed=on".to_owned();
+    if settings.in_order {
+        virtio.push_str(",in_order=on");
+    }
+    if let Some(vectors) = settings.vectors {
+        virtio.push_str(&format!(",vectors={vectors}"));
+    }
+    let mut node = String::new();
+    if qemu.iothread {
+        virtio.push_str(",iothread=io");
+        node.push_str(",file.aio=io_uring");
+    }
+    // One file behind two devices, of which one at a time is used.
+    command.args([
+        "-blockdev",
+        &format!(
+            "driver=raw,node-name=disk,file.driver=file,file.filename={}{node}",
+            option_path(disk)
+        ),
+    ]);
     if qemu.iothread {
         command.args(["-object", "iothread,id=io"]);
     } else {
@@ -234,7 +263,6 @@ fn command(
         command.args(["-device", "ide-hd,drive=disk,bus=ide.0,share-rw=on"]);
     }
     command.args(["-device", &virtio]);
-    command
 }
 
 /// Waits for the process; says its exit code.

@@ -1,6 +1,7 @@
 //! What the guest tells the host: a header, a [`JobReport`] for each job, and
 //! the time stamps of every request.
 
+use crate::net::report::NetReport;
 use crate::run::Outcome;
 use pvkit_protocol::virtio::Features;
 use zerocopy::little_endian::{U32, U64};
@@ -9,7 +10,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// The first bytes of a report.
 pub const MAGIC: [u8; 8] = *b"pvkitrep";
 
-/// The start of a report; [`JobReport`]s follow, then [`Sample`]s.
+/// The start of a report; [`JobReport`]s follow, then [`NetReport`]s, then
+/// [`Sample`]s.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -131,10 +133,17 @@ impl JobReport {
     }
 }
 
-/// Offset of the first sample in a report of `jobs` jobs.
+/// Offset of the first [`NetReport`] in a report of `jobs` jobs on disks.
 #[must_use]
-pub const fn samples_offset(jobs: usize) -> usize {
+pub const fn net_reports_offset(jobs: usize) -> usize {
     size_of::<Header>() + jobs * size_of::<JobReport>()
+}
+
+/// Offset of the first sample in a report of `jobs` jobs on disks and
+/// `net_jobs` on network cards.
+#[must_use]
+pub const fn samples_offset(jobs: usize, net_jobs: usize) -> usize {
+    net_reports_offset(jobs) + net_jobs * size_of::<NetReport>()
 }
 
 #[cfg(test)]

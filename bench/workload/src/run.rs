@@ -58,7 +58,7 @@ pub struct Counts {
 }
 
 impl Counts {
-    fn since(&self, earlier: &Self) -> Self {
+    pub(crate) fn since(&self, earlier: &Self) -> Self {
         Self {
             kicks: self.kicks - earlier.kicks,
             interrupts: self.interrupts - earlier.interrupts,

@@ -1,6 +1,7 @@
 //! What the host tells the guest to do: a header and a list of jobs, handed
 //! over as a module at boot.
 
+use crate::net::job::NetJob;
 use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -12,9 +13,9 @@ pub const MARK_PORT: u16 = 0x1510;
 /// The first bytes of a script.
 pub const MAGIC: [u8; 8] = *b"pvkitjob";
 /// The version of this format.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
-/// The start of a script; [`Job`]s follow.
+/// The start of a script; [`Job`]s follow, then [`NetJob`]s.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -24,8 +25,12 @@ pub struct Header {
     pub magic: [u8; 8],
     /// [`VERSION`].
     pub version: U32,
-    /// Number of jobs.
+    /// Number of jobs on disks.
     pub jobs: U32,
+    /// Number of jobs on network cards.
+    pub net_jobs: U32,
+    /// Padding, 0.
+    pub reserved: U32,
     /// Guest address of the memory for the [`report`](crate::report).
     pub report_addr: U64,
     /// Its size in bytes.
@@ -114,6 +119,7 @@ macro_rules! code {
         }
     };
 }
+pub(crate) use code;
 
 code! {
     /// The device that a job uses, and how.
@@ -218,7 +224,7 @@ impl Mark {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ScriptError {
-    /// It is shorter than its header, or than its jobs.
+    /// It is shorter than its header and its jobs.
     #[error("the script has {bytes} bytes, too few")]
     Short {
         /// Its length.
@@ -232,11 +238,23 @@ pub enum ScriptError {
     Version(u32),
 }
 
+/// A script, taken apart. Jobs are numbered in this order: those on disks, then
+/// those on network cards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Script<'a> {
+    /// Its start.
+    pub header: Header,
+    /// What is to be done to disks.
+    pub jobs: &'a [Job],
+    /// What is to be done to network cards.
+    pub net_jobs: &'a [NetJob],
+}
+
 /// Takes a script apart.
 ///
 /// # Errors
 /// [`ScriptError`] if it is not one.
-pub fn parse(script: &[u8]) -> Result<(Header, &[Job]), ScriptError> {
+pub fn parse(script: &[u8]) -> Result<Script<'_>, ScriptError> {
     let short = ScriptError::Short {
         bytes: script.len(),
     };
@@ -248,8 +266,14 @@ pub fn parse(script: &[u8]) -> Result<(Header, &[Job]), ScriptError> {
         return Err(ScriptError::Version(header.version.get()));
     }
     let count = header.jobs.get() as usize;
-    let (jobs, _) = <[Job]>::ref_from_prefix_with_elems(rest, count).map_err(|_| short)?;
-    Ok((header, jobs))
+    let (jobs, rest) = <[Job]>::ref_from_prefix_with_elems(rest, count).map_err(|_| short)?;
+    let count = header.net_jobs.get() as usize;
+    let (net_jobs, _) = <[NetJob]>::ref_from_prefix_with_elems(rest, count).map_err(|_| short)?;
+    Ok(Script {
+        header,
+        jobs,
+        net_jobs,
+    })
 }
 
 #[cfg(test)]
@@ -264,6 +288,8 @@ mod tests {
             magic: MAGIC,
             version: U32::new(VERSION),
             jobs: U32::new(2),
+            net_jobs: U32::new(1),
+            reserved: U32::ZERO,
             report_addr: U64::new(1),
             report_bytes: U64::new(2),
         };
@@ -271,8 +297,15 @@ mod tests {
         job.depth = U32::new(32);
         let mut script: Vec<u8> = header.as_bytes().into();
         script.extend([job, job].as_bytes());
-        assert_eq!(parse(&script), Ok((header, &[job, job][..])));
-        for cut in [0, 10, script.len() - 1] {
+        let without_net = script.len();
+        let mut net_job = NetJob::new_zeroed();
+        net_job.burst = U32::new(256);
+        script.extend(net_job.as_bytes());
+        let parsed = parse(&script).unwrap();
+        assert_eq!(parsed.header, header);
+        assert_eq!(parsed.jobs, [job, job]);
+        assert_eq!(parsed.net_jobs, [net_job]);
+        for cut in [0, 10, without_net - 1, without_net, script.len() - 1] {
             assert_eq!(
                 parse(&script[..cut]),
                 Err(ScriptError::Short { bytes: cut })
