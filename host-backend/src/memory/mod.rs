@@ -21,7 +21,7 @@ use iommu::Translation;
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use thiserror::Error;
 use vm_memory::{
@@ -433,6 +433,47 @@ impl Snapshot {
             unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), host.as_ptr(), count) };
             rest = later;
         })
+    }
+
+    /// Writes the byte that the guest waits for, once. [`write`](Self::write)
+    /// may store some bytes twice, and the second time after the guest has
+    /// seen the first and written something else there.
+    ///
+    /// # Errors
+    /// As for [`write`](Self::write).
+    #[inline]
+    pub fn store_u8(&self, addr: u64, value: u8) -> Result<(), MemoryError> {
+        self.pieces(addr, 1, Access::Write, |host, _| {
+            // SAFETY: the byte lies in the mapping; the guest's accesses are
+            // those of another CPU.
+            let byte = unsafe { AtomicU8::from_ptr(host.as_ptr()) };
+            byte.store(value, Ordering::Release);
+        })
+    }
+
+    /// The same for four bytes, in the guest's order. Where they are not
+    /// aligned they are written one by one, from the last to the first.
+    ///
+    /// # Errors
+    /// As for [`write`](Self::write).
+    #[inline]
+    pub fn store_u32(&self, addr: u64, value: u32) -> Result<(), MemoryError> {
+        let mut stored = false;
+        self.pieces(addr, 4, Access::Write, |host, count| {
+            if count == 4 && host.addr().get().is_multiple_of(align_of::<AtomicU32>()) {
+                // SAFETY: the bytes lie in the mapping, aligned; the guest's
+                // accesses are those of another CPU.
+                let word = unsafe { AtomicU32::from_ptr(host.as_ptr().cast()) };
+                word.store(value.to_le(), Ordering::Release);
+                stored = true;
+            }
+        })?;
+        if !stored {
+            for (index, byte) in value.to_le_bytes().into_iter().enumerate().rev() {
+                self.store_u8(addr + index as u64, byte)?;
+            }
+        }
+        Ok(())
     }
 
     /// Copies a value out of guest memory.

@@ -95,3 +95,21 @@ fn a_replaced_map_has_a_new_epoch_and_the_old_one_lives_on() {
     old.read(0, &mut copy).unwrap();
     assert_eq!(&copy, b"old");
 }
+
+#[test]
+fn numbers_are_stored_at_any_place_in_ram() {
+    let memory = memory(&[(0, 0x1000), (0x1000, 0x1000)]).snapshot();
+    for addr in [0x10, 0x21, 0x32, 0xffe, 0xfff] {
+        memory.store_u32(addr, 0x4433_2211).unwrap();
+        let mut copy = [0; 4];
+        memory.read(addr, &mut copy).unwrap();
+        assert_eq!(copy, [0x11, 0x22, 0x33, 0x44], "{addr:#x}");
+        memory.store_u8(addr + 3, 0x55).unwrap();
+        memory.read(addr, &mut copy).unwrap();
+        assert_eq!(copy, [0x11, 0x22, 0x33, 0x55], "{addr:#x}");
+    }
+    for addr in [0x1ffd, 0x2000, u64::MAX] {
+        assert!(memory.store_u32(addr, 1).is_err(), "{addr:#x}");
+    }
+    assert!(memory.store_u8(0x2000, 1).is_err());
+}

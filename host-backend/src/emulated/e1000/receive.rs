@@ -155,19 +155,21 @@ impl Receive {
     /// Hands descriptors that are filled to the driver.
     fn write_back(&mut self, context: &RxContext<'_>) {
         // The status is what the driver looks at: it comes after everything
-        // else, of all of them.
-        let split = size_of::<RxDescriptor>() - 4;
+        // else, of all of them, and is written once: the driver may use the
+        // descriptor again as soon as it sees it.
+        const STATUS: usize = size_of::<RxDescriptor>() - 4;
         for status in [false, true] {
             fence(Ordering::Release);
             for (index, descriptor) in &self.filled {
-                let (first, last) = descriptor.as_bytes().split_at(split);
+                let (first, last) = descriptor.as_bytes().split_at(STATUS);
                 let addr = self.ring.place().addr(*index);
                 // It was read from there; a map that has changed since loses
                 // it.
-                let _ = if status {
-                    context.memory.write(addr.wrapping_add(split as u64), last)
-                } else {
-                    context.memory.write(addr, first)
+                let _ = match last.first_chunk() {
+                    Some(last) if status => context
+                        .memory
+                        .store_u32(addr.wrapping_add(STATUS as u64), u32::from_le_bytes(*last)),
+                    _ => context.memory.write(addr, first),
                 };
             }
         }

@@ -335,7 +335,7 @@ impl Transmit {
         for index in self.reports.drain(..self.complete) {
             let place = self.ring.place().addr(index) + TX_STATUS_OFFSET as u64;
             // It was read from there; a map that has changed since loses it.
-            let _ = context.memory.write(place, &[TX_DD]);
+            let _ = context.memory.store_u8(place, TX_DD);
         }
         self.complete = 0;
         context.head.store(self.done, Ordering::Release);

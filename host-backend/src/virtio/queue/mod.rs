@@ -245,7 +245,7 @@ impl Queue {
     pub fn write_byte(&self, addr: u64, value: u8) {
         // The driver named the address; if it is not RAM, only the driver
         // misses the byte.
-        let _ = self.ring.snapshot().write(addr, &[value]);
+        let _ = self.ring.snapshot().store_u8(addr, value);
     }
 
     /// Chains fetched and not returned.
