@@ -395,7 +395,10 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
             .unwrap_or(&[]);
         // SAFETY: the device is done with all descriptors of the buffer, or none
         // was written, or it was reset since it was told about the ring.
-        unsafe { loan.lent.give_back(&self.space, segments, written) }
+        unsafe {
+            loan.lent
+                .give_back(&self.space, Window::ALL, segments, written)
+        }
     }
 
     /// Hands back every buffer in the ring, now that the device has let go,
@@ -441,7 +444,7 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R> Drop for Ring<B, S, R> {
             if self.quiesced {
                 // SAFETY: the device was never told about the ring, or was
                 // reset since.
-                drop(unsafe { loan.lent.give_back(&self.space, lent, 0) });
+                drop(unsafe { loan.lent.give_back(&self.space, Window::ALL, lent, 0) });
             } else {
                 // Dropping the loan leaks the buffer.
                 self.space
