@@ -155,19 +155,24 @@ impl Receive {
     /// Hands descriptors that are filled to the driver.
     fn write_back(&mut self, context: &RxContext<'_>) {
         // The status is what the driver looks at: it comes after everything
-        // else, of all of them.
+        // else, of all of them. It is one byte, which is stored once: of longer
+        // copies a piece may be stored twice, and the driver may have filled
+        // the descriptor anew in between.
         let split = size_of::<RxDescriptor>() - 4;
         for status in [false, true] {
             fence(Ordering::Release);
             for (index, descriptor) in &self.filled {
                 let (first, last) = descriptor.as_bytes().split_at(split);
+                let (done, rest) = last.split_at(1);
                 let addr = self.ring.place().addr(*index);
+                let at = addr.wrapping_add(split as u64);
                 // It was read from there; a map that has changed since loses
                 // it.
                 let _ = if status {
-                    context.memory.write(addr.wrapping_add(split as u64), last)
+                    context.memory.write(at, done)
                 } else {
-                    context.memory.write(addr, first)
+                    let _ = context.memory.write(addr, first);
+                    context.memory.write(at.wrapping_add(1), rest)
                 };
             }
         }
