@@ -98,6 +98,7 @@ impl Guest<'_> {
                 Masking::Claimed
             },
             interrupts_per_second: if moderated { MODERATED } else { 0 },
+            read_back: job.read_back != 0,
             ..E1000Options::default()
         };
         // SAFETY: memory is identity mapped, for devices too, and coherent.

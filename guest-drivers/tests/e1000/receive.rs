@@ -51,6 +51,26 @@ fn buffers_go_around_and_are_shown_in_batches() {
 }
 
 #[test]
+fn what_a_monitor_gathers_is_made_to_arrive() {
+    for read_back in [false, true] {
+        let mut options = small();
+        options.read_back = read_back;
+        let mut card = open(options);
+        let before = card.chip.accesses(register::STATUS).0;
+        let doorbells = card.rx.counters().doorbells;
+        for number in 0..40 {
+            assert!(card.chip.receive(&plain(number, 64)));
+            assert!(card.rx.recv().unwrap().is_some());
+        }
+        card.rx.publish();
+        let rung = card.rx.counters().doorbells - doorbells;
+        assert!(rung > 5);
+        let reads = card.chip.accesses(register::STATUS).0 - before;
+        assert_eq!(reads, if read_back { rung } else { 0 });
+    }
+}
+
+#[test]
 fn a_burst_fills_the_ring_and_no_more() {
     let mut card = open(small());
     let mut number = 0;

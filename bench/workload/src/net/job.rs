@@ -48,8 +48,11 @@ pub struct NetJob {
     /// Not 0 if a TCP stream is to be hashed at both ends, besides being
     /// compared with what it should be.
     pub hash: u8,
+    /// Not 0 if the e1000's monitor gathers register writes: its driver has
+    /// them arrive.
+    pub read_back: u8,
     /// Padding, 0.
-    pub reserved: U32,
+    pub reserved: [u8; 3],
 }
 
 code! {

@@ -224,6 +224,7 @@ impl<R: Registers> E1000<R> {
                 buffer_bytes: options.buffer_bytes,
                 max_frame: max_frame_bytes(options.mtu),
                 repost_every: batch(options.repost_every, options.receive_descriptors),
+                read_back: options.read_back,
                 checksums: options.receive_checksums,
             },
             places,

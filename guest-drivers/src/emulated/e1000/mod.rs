@@ -9,7 +9,7 @@
 //! | a batch of frames sent | 1 write (TDT), however many there are |
 //! | frames found sent | none: the chip says so in memory, once for every [`report_every`](E1000Options::report_every) frames and for the last of a batch |
 //! | frames received | none |
-//! | buffers given back | 1 write (RDT) for every [`repost_every`](E1000Options::repost_every) |
+//! | buffers given back | 1 write (RDT) for every [`repost_every`](E1000Options::repost_every), and 1 read with [`read_back`](E1000Options::read_back) |
 //! | an interrupt, with [`Masking::Never`] | 1 read (ICR) |
 //! | an interrupt, with [`Masking::Claimed`] | 1 read (ICR), 1 write (IMC), and 1 write (IMS) when it is asked for again |
 //!
@@ -155,6 +155,10 @@ pub struct E1000Options {
     /// The chip is shown buffers that came back in batches of so many, if it is
     /// not asked for sooner. Cut to a quarter of the ring; 0 counts as 1.
     pub repost_every: u16,
+    /// Reads a register each time that the chip was shown buffers. Some
+    /// monitors (QEMU) gather those writes until the CPU leaves the guest for
+    /// another reason: a driver that polls would wait for them for ever.
+    pub read_back: bool,
     /// How often a register is read in a row while the driver itself waits.
     pub max_polls: u32,
 }
@@ -175,7 +179,8 @@ impl Default for E1000Options {
             delays: Delays::default(),
             link_interrupts: false,
             report_every: 32,
-            repost_every: 32,
+            repost_every: 64,
+            read_back: false,
             max_polls: 1_000_000,
         }
     }

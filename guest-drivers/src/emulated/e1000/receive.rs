@@ -63,6 +63,7 @@ pub(super) struct ReceiveSetup {
     /// Longest frame.
     pub(super) max_frame: usize,
     pub(super) repost_every: u16,
+    pub(super) read_back: bool,
     /// The chip looks at checksums.
     pub(super) checksums: bool,
 }
@@ -327,6 +328,9 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Rx<C, S, R> {
         }
         self.counters.doorbells += 1;
         self.ring.show(ready);
+        if self.setup.read_back {
+            self.ring.read_back();
+        }
     }
 
     /// Retires the half because of a fault that is reported now.

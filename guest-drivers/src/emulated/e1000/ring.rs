@@ -341,6 +341,11 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
             .write_u32(self.doorbell, self.place(end) as u32);
     }
 
+    /// Has every register write arrive.
+    pub(super) fn read_back(&self) {
+        let _ = self.registers.read_u32(register::STATUS as usize);
+    }
+
     /// The second word of a descriptor that the device has, if it is done with
     /// it; then it is done with all before, too.
     #[inline]
