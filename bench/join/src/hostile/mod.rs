@@ -5,8 +5,10 @@
 //! - [`function`] is a PCI function that lies about itself.
 //! - [`device`] is a device that lies: the shipped driver believes that it
 //!   drives a disk.
+//! - [`net_device`] is one of which the driver believes that it is a network
+//!   card.
 //!
-//! Both behave well until a script tells them otherwise, so that each test
+//! All behave well until a script tells them otherwise, so that each test
 //! reads like the one thing it does wrong.
 #![deny(unsafe_code)]
 
@@ -14,6 +16,7 @@ pub mod device;
 #[allow(unsafe_code)]
 pub mod function;
 pub mod guest;
+pub mod net_device;
 
 /// Numbers that look random and are the same in every run (xorshift64).
 #[derive(Debug, Clone)]
