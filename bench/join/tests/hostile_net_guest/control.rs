@@ -1,14 +1,14 @@
 //! Commands, and what else the driver is told.
 
-use super::{OWN, PEER, RINGS, Scene, frame, options};
+use super::{OWN, PEER, Port, RINGS, Scene, frame, options};
 use pvkit_host::virtio::net::NetOptions;
 use pvkit_host::virtio::queue::Fault;
-use pvkit_join::hostile::guest::{readable, writable};
+use pvkit_join::hostile::guest::{HIGH, TOP, readable, writable};
 use pvkit_protocol::frame::{FrameMeta, MacAddress, Offloads};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::mmio;
-use pvkit_protocol::virtio::net::{NetConfig, NetFeatures, NetStatus, ack};
-use zerocopy::FromBytes;
+use pvkit_protocol::virtio::net::{NetConfig, NetFeatures, NetHeader, NetStatus, ack};
+use zerocopy::{FromBytes, IntoBytes};
 
 const OK: u8 = ack::OK;
 const ERR: u8 = ack::ERR;
@@ -365,4 +365,32 @@ fn how_many_pairs_are_used() {
     assert_eq!(scene.command(&[4, 1, 1, 0]), ERR);
     assert_eq!(scene.command(&[4, 0, 1]), ERR);
     assert_eq!(scene.command(&[4, 0, 1, 0, 0]), ERR);
+}
+
+#[test]
+fn every_pair_has_its_own_lane_of_the_link() {
+    for rings in RINGS {
+        let mut scene = Scene::with(three_pairs(), rings, NetFeatures::empty());
+        assert!(scene.rx.guest.reset());
+        assert!(scene.rx.guest.negotiate(scene.features));
+        // Only the third pair is set up.
+        let [mut rx, mut tx] = [(4, TOP.start), (5, HIGH.start)].map(|(queue, base)| {
+            let mut guest = scene.rx.guest.at_queue(queue, base);
+            guest.layout.data = base + 0x6000;
+            Port::new(guest, scene.features)
+        });
+        rx.guest.go();
+        let at = rx.lend(200);
+        let mut bytes = NetHeader::default().as_bytes().to_vec();
+        bytes.extend(frame(PEER, 1, 80));
+        tx.send(&bytes);
+        scene.link.offer(2, &frame(OWN, 2, 70), FrameMeta::PLAIN);
+        scene.link.offer(0, &frame(OWN, 3, 70), FrameMeta::PLAIN);
+        assert_eq!(scene.serve(), []);
+        assert_eq!(tx.used(), [0]);
+        assert_eq!(rx.used(), [82]);
+        assert_eq!(rx.guest.peek(at + 12, 70), frame(OWN, 2, 70));
+        assert_eq!(scene.link.sent(2), [(frame(PEER, 1, 80), FrameMeta::PLAIN)]);
+        assert_eq!(scene.link.waiting(0), 1, "that pair does not work");
+    }
 }

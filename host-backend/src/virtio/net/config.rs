@@ -162,3 +162,124 @@ impl Config {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::{LinkError, LinkLane};
+    use pvkit_protocol::frame::{MacAddress, Offloads};
+    use std::sync::atomic::AtomicU32;
+
+    #[derive(Debug, Default)]
+    struct Switched {
+        up: AtomicBool,
+        /// How often it is asked before it goes the other way.
+        flips: AtomicU32,
+    }
+
+    impl Link for Switched {
+        fn shape(&self) -> LinkShape {
+            LinkShape {
+                mtu: 9000,
+                lanes: 4,
+                cheap: Offloads::empty(),
+                speed_mbps: Some(2500),
+            }
+        }
+        fn is_up(&self) -> bool {
+            let flips = self.flips.load(Ordering::Relaxed);
+            if flips > 0 {
+                self.flips.store(flips - 1, Ordering::Relaxed);
+                return !self.up.fetch_not(Ordering::Relaxed);
+            }
+            self.up.load(Ordering::Relaxed)
+        }
+        fn connect(&self, _events: Arc<dyn LinkEvents>) {}
+        fn lane(&self, index: u16) -> Result<Box<dyn LinkLane>, LinkError> {
+            Err(LinkError::NoLane { index, lanes: 0 })
+        }
+        fn set_receive(&self, _offloads: Offloads) -> Result<(), LinkError> {
+            Ok(())
+        }
+        fn use_lanes(&self, _count: u16) -> Result<(), LinkError> {
+            Ok(())
+        }
+    }
+
+    fn state(up: bool, features: NetFeatures) -> State {
+        let filter = Filter::new(MacAddress::local(1), features);
+        let state = State::new(filter.clone(), up);
+        state.negotiated(filter, features);
+        state
+    }
+
+    #[test]
+    fn fields_are_read_at_any_offset_and_width() {
+        let options = NetOptions {
+            pairs: 3,
+            ..NetOptions::default()
+        };
+        let shape = Switched::default().shape();
+        let config = Config::new(shape, 1400, &options);
+        let state = state(true, NetFeatures::empty());
+        let mac = MacAddress::local(1).0;
+        let mut all = [0; 20];
+        config.read(&state, 0, &mut all);
+        assert_eq!(all[..6], mac);
+        // Up, three pairs, 1,400 bytes, 2,500 Mbit/s, both ways at once.
+        let rest = [1, 0, 3, 0, 120, 5, 196, 9, 0, 0, 1, 0, 0, 0];
+        assert_eq!(all[6..], rest);
+        for offset in 0..20 {
+            for width in [1, 2, 4, 8] {
+                let mut some = vec![0x5a; width];
+                config.read(&state, offset as u32, &mut some);
+                let expected = (offset..offset + width).map(|at| all.get(at).copied());
+                let expected: Vec<_> = expected.map(Option::unwrap_or_default).collect();
+                assert_eq!(some, expected, "{width} bytes at {offset}");
+            }
+        }
+        config.read(&state, u32::MAX, &mut all);
+        assert_eq!(all, [0; 20]);
+    }
+
+    #[test]
+    fn a_speed_that_nobody_knows() {
+        for speed_mbps in [None, Some(0x8000_0000)] {
+            let shape = LinkShape {
+                speed_mbps,
+                ..Switched::default().shape()
+            };
+            let Config(fields) = Config::new(shape, 1500, &NetOptions::default());
+            assert_eq!(fields.speed.get(), SPEED_UNKNOWN);
+            assert_eq!(fields.duplex, DUPLEX_UNKNOWN);
+        }
+    }
+
+    #[test]
+    fn who_comes_back_announces_itself_if_it_can() {
+        let can = NetFeatures::GUEST_ANNOUNCE | NetFeatures::STATUS;
+        for (features, announces) in [(can, true), (NetFeatures::STATUS, false)] {
+            let link = Switched::default();
+            let state = state(false, features);
+            assert!(!state.look(&link), "as before");
+            link.up.store(true, Ordering::Relaxed);
+            assert!(state.look(&link) && !state.look(&link));
+            assert_eq!(state.status().contains(NetStatus::ANNOUNCE), announces);
+            state.announced();
+            assert_eq!(state.status(), NetStatus::LINK_UP);
+        }
+    }
+
+    #[test]
+    fn a_link_that_changes_while_it_is_asked() {
+        for flips in 0..6 {
+            let link = Switched::default();
+            link.flips.store(flips, Ordering::Relaxed);
+            let state = state(true, NetFeatures::empty());
+            let news = state.look(&link);
+            let up = state.status().contains(NetStatus::LINK_UP);
+            assert_eq!(up, link.up.load(Ordering::Relaxed), "{flips}");
+            assert!(news || up, "what it was is up");
+        }
+    }
+}

@@ -193,15 +193,15 @@ impl ControlWorker {
         if at + bytes > self.chain.readable_bytes() {
             return Ok(None);
         }
-        if count > MAX_ADDRESSES as u64 {
+        // As many as there is room for are read at once.
+        let mut list = [MacAddress::default(); MAX_ADDRESSES];
+        let Some(list) = list.get_mut(..count as usize) else {
             return Ok(Some((Addresses::ALL, bytes)));
-        }
+        };
+        self.chain.read_at(at + COUNT, list.as_mut_bytes())?;
         let mut addresses = Addresses::NONE;
-        for index in 0..count {
-            let mut address = MacAddress::default();
-            let place = at + COUNT + index * ADDRESS;
-            self.chain.read_at(place, address.as_mut_bytes())?;
-            addresses.push(address);
+        for address in list {
+            addresses.push(*address);
         }
         Ok(Some((addresses, bytes)))
     }
