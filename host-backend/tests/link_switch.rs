@@ -86,8 +86,8 @@ fn frames_are_flooded_until_it_is_known_where_to() {
     let unknown = frame(MacAddress::local(2), 1, b"flooded");
     send(&mut *lanes[0], &unknown, FrameMeta::PLAIN);
     assert!(drain(&mut *lanes[0]).is_empty(), "never back to its sender");
-    assert_eq!(drain(&mut *lanes[1]), [unknown.clone()]);
-    assert_eq!(drain(&mut *lanes[2]), [unknown.clone()]);
+    assert_eq!(drain(&mut *lanes[1]), std::slice::from_ref(&unknown));
+    assert_eq!(drain(&mut *lanes[2]), std::slice::from_ref(&unknown));
     assert_eq!(drain_endpoint(&mut host), [unknown]);
 
     // The answer teaches where 2 is; 1 is known.
@@ -107,7 +107,7 @@ fn frames_are_flooded_until_it_is_known_where_to() {
         host.send(&all, &FrameMeta::PLAIN).unwrap();
         host.flush();
         for lane in &mut lanes {
-            assert_eq!(drain(&mut **lane), [all.clone()]);
+            assert_eq!(drain(&mut **lane), std::slice::from_ref(&all));
         }
     }
 
@@ -167,7 +167,7 @@ fn a_port_is_up_while_there_is_another() {
     assert!(port.is_up() && host.is_up());
     assert_eq!(told.0.count(), 1);
     send(&mut *lane, &lost, FrameMeta::PLAIN);
-    assert_eq!(drain_endpoint(&mut host), [lost.clone()]);
+    assert_eq!(drain_endpoint(&mut host), std::slice::from_ref(&lost));
     let third = switch.port().unwrap();
     drop(third);
     assert_eq!(told.0.count(), 1, "that changes nothing for the first");

@@ -9,10 +9,11 @@
 //! the device said it takes ([`Link::set_receive`]).
 //!
 //! There are three: a [`tap`] of the host's kernel, a port of a [`switch`] in
-//! this process, and a stream socket. [`offload`] is what they share.
+//! this process, and a [`stream`] socket. [`offload`] is what they share.
 #![deny(unsafe_code)]
 
 pub mod offload;
+pub mod stream;
 pub mod switch;
 pub mod tap;
 
@@ -202,7 +203,9 @@ pub trait LinkLane: Send + fmt::Debug {
         false
     }
 
-    /// Names what becomes ready when there is something to do.
+    /// Names what becomes ready when there is something to do. Then call
+    /// [`receive`](LinkLane::receive), also if only room to send was waited
+    /// for: it looks after all that the lane has to do.
     fn sources<'a>(&'a self, waits: Waits, each: &mut dyn FnMut(BorrowedFd<'a>, Interest));
 
     /// When to call [`receive`](LinkLane::receive) again even if no source is
