@@ -69,8 +69,9 @@
 //! ## Unsafe code
 //!
 //! It stands in [`dma`], [`bounce`], [`register`], the transports, the
-//! virtqueue, the record of lent buffers, the barriers, and the two ways in
-//! which the ATA driver moves data. No other module has any.
+//! virtqueue, the record of lent buffers, the barriers, the two ways in which
+//! the ATA driver moves data, and the rings of the e1000. No other module has
+//! any.
 #![no_std]
 #![deny(unsafe_code)]
 #![cfg_attr(
