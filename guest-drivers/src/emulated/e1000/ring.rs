@@ -13,7 +13,7 @@ use super::E1000Error;
 use super::chip::Chip;
 use crate::barrier::{self, Order};
 use crate::dma::{Direction, DmaBuf, DmaError, DmaRegion, DmaSpace, Segment};
-use crate::lent::Lent;
+use crate::lent::{Lent, Window};
 use crate::register::Registers;
 use crate::storage::Storage;
 use crate::virtio::transport::{Lives, QueueIdentity, Quiesced};
@@ -252,7 +252,7 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
         ) else {
             return Err((Some(buffer), DmaError::TooManySegments { max: 0 }));
         };
-        let (lent, segments) = Lent::lend(&self.space, buffer, direction, room)?;
+        let (lent, segments) = Lent::lend(&self.space, buffer, Window::ALL, direction, room)?;
         *slot = Some(Loan {
             lent,
             first: self.filled,
