@@ -33,7 +33,7 @@ impl World {
             host.flush();
             let fits = made.bytes.len() <= self.capacity();
             let sure = fits && !self.choosy && self.asked.is_none() && !self.retired;
-            self.to_guest.sent(made, sure);
+            self.to_guest.sent(made, None, sure);
         }
     }
 
@@ -136,11 +136,12 @@ impl World {
 
     /// Frames go both ways.
     fn works(&mut self) {
-        self.plug();
-        self.meddled = false;
         // What is left in the switch was there before.
         self.host = None;
         self.plug();
+        self.to_host.forget();
+        self.to_guest.forget();
+        self.meddled = false;
         let frame = Frame {
             raw: true,
             v6: false,

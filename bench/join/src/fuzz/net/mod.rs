@@ -162,7 +162,7 @@ impl World {
             .with_reset_reads(16);
         let mut space = arena.space();
         if setup.segments {
-            space = space.with_segments_of(setup.buffer_bytes.div_ceil(2) as u32);
+            space = space.with_segments_of((setup.buffer_bytes as u32).div_ceil(2).max(512));
         }
         let options = NetOptions {
             pairs: setup.pairs,
@@ -356,7 +356,8 @@ impl World {
                     }
                     _ => false,
                 };
-                self.to_host.sent(made, self.host.is_some() && !far);
+                self.to_host
+                    .sent(made, Some(pair), self.host.is_some() && !far);
             }
             Err(refused) => {
                 let buffer = refused.buffer.expect("the buffer comes back");

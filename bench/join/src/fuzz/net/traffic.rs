@@ -6,13 +6,15 @@
 
 use super::action::Frame;
 use crate::packets::{Packet, completed, payload};
-use pvkit_protocol::frame::{Checksum, FrameMeta, MacAddress, ethertype};
+use pvkit_protocol::frame::{Checksum, FrameMeta, MacAddress, Segmentation, ethertype};
 use std::collections::BTreeMap;
 
 /// Most bytes of a packet's payload.
 pub(super) const MOST_PAYLOAD: usize = 8192;
 /// Most bytes of a frame that is no packet: a few more than are allowed.
 const MOST_RAW: usize = 1530;
+/// Segments of up to 64 bytes more, with any of the headers, are not too long.
+const MOST_SEGMENT: u16 = 1368;
 /// Addresses below this are not those of numbered frames.
 const FIRST: u32 = 0x1_0000;
 
@@ -35,6 +37,8 @@ struct Sent {
     got: usize,
     /// Bytes that it takes where it waits, at the most.
     cost: usize,
+    /// The lane that it was sent by, if the other side has several.
+    lane: Option<usize>,
 }
 
 /// A frame that can be sent.
@@ -54,7 +58,7 @@ pub(super) struct Traffic {
     to: MacAddress,
     next: u32,
     sent: BTreeMap<u32, Sent>,
-    /// What came in last, at each lane.
+    /// What came in last, of each lane.
     last: [u32; 2],
 }
 
@@ -91,7 +95,7 @@ impl Traffic {
             };
             let segment = match frame.segment {
                 0 => 0,
-                some => 64 + some % 1400,
+                some => 64 + some % MOST_SEGMENT,
             };
             (bytes, meta) = made.frame(self.to, from, segment);
             packet = Some(made);
@@ -114,9 +118,10 @@ impl Traffic {
         self.sent.values().map(|sent| sent.cost).sum()
     }
 
-    /// The frame was sent by somebody who found it to be what is said of it.
-    /// It comes in for sure, if that is so and nobody loses it.
-    pub(super) fn sent(&mut self, made: Made, sure: bool) {
+    /// The frame was sent, by a lane if there are several, by somebody who
+    /// found it to be what is said of it. It comes in for sure, if that is so
+    /// and nobody loses it.
+    pub(super) fn sent(&mut self, made: Made, lane: Option<usize>, sure: bool) {
         let cost = match &made.meta.segments {
             // Headers of each segment, and what a switch keeps about it.
             Some(segments) => made.bytes.len() * (2 + 100 / usize::from(segments.size.max(1))),
@@ -130,13 +135,21 @@ impl Traffic {
                 meta: made.meta,
             },
         };
+        // Whoever cuts it finds that its segments are too long.
+        let long = |segments: Segmentation| segments.size >= 64 + MOST_SEGMENT;
         let sent = Sent {
             what,
-            sure,
+            sure: sure && !made.meta.segments.is_some_and(long),
             got: 0,
             cost,
+            lane,
         };
         self.sent.insert(made.number, sent);
+    }
+
+    /// Nothing is on its way any more.
+    pub(super) fn forget(&mut self) {
+        self.sent.clear();
     }
 
     /// Whatever is on its way may be lost.
@@ -149,10 +162,11 @@ impl Traffic {
     /// A frame came in at a lane, and nobody has meddled with it.
     pub(super) fn came_in(&mut self, lane: usize, frame: &[u8], meta: &FrameMeta) {
         let number = u32::from_be_bytes(*frame[8..].first_chunk().expect("an address"));
-        assert!(number >= self.last[lane], "frames stay in order");
-        self.last[lane] = number;
         let sent = self.sent.get_mut(&number);
         let sent = sent.unwrap_or_else(|| panic!("frame {number:#x} comes in once"));
+        let last = &mut self.last[sent.lane.unwrap_or(lane)];
+        assert!(number >= *last, "frames stay in order");
+        *last = number;
         let over = match &sent.what {
             What::Whole {
                 frame: whole,
@@ -169,7 +183,19 @@ impl Traffic {
             }
             What::Packet(packet) => {
                 let (from, data) = packet.check(frame, meta);
-                assert!(packet.udp || from == sent.got, "segments stay in order");
+                if !sent.sure {
+                    // Some segments may be lost. Those of TCP say where they
+                    // were.
+                    sent.got = match packet.udp {
+                        true => return,
+                        false => from,
+                    };
+                }
+                assert!(
+                    packet.udp || from == sent.got,
+                    "segments of {number:#x} stay in order: {from}, not {}",
+                    sent.got
+                );
                 let all = payload(packet.seed, packet.payload);
                 assert_eq!(&all[sent.got..sent.got + data.len()], data);
                 sent.got += data.len();
