@@ -16,6 +16,7 @@ use pvkit_protocol::emulated::e1000::{pci as ids, ports};
 use pvkit_protocol::frame::Offloads;
 use pvkit_protocol::pci::{Command, class, header};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// An 82540EM.
 #[derive(Debug)]
@@ -69,6 +70,8 @@ impl E1000 {
             EventFd::new().map_err(E1000Error::Event)?,
         );
         link.connect(Arc::new(Events(Arc::downgrade(&shared))));
+        // It may have changed since it was asked, and before it could tell.
+        shared.link_changed.store(true, Ordering::Release);
         Ok(Self {
             config,
             registers: Registers::new(shared.clone(), options.mac),
@@ -192,7 +195,10 @@ impl PciFunction for E1000 {
             return;
         }
         let (words, _) = data.as_chunks::<4>();
-        for (at, word) in (offset..).step_by(4).zip(words) {
+        let mut next = offset;
+        for word in words {
+            let at = next;
+            next = at.wrapping_add(4);
             let value = u32::from_le_bytes(*word);
             match bar {
                 ids::MEMORY_BAR => {

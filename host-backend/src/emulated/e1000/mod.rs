@@ -61,8 +61,9 @@
 //!   says so (RXE).
 //! - A frame that needs more descriptors than the ring can have is dropped.
 //! - Taking a ring away (CTRL.RST, the enable bits, its address or head, bus
-//!   mastering) waits for the frame that the worker has at hand; then the
-//!   worker does not touch it any more.
+//!   mastering) waits for the frame that the worker has at hand, and for the
+//!   link to take the batch that ends with it; then the worker does not touch
+//!   the ring any more.
 #![forbid(unsafe_code)]
 
 mod eeprom;

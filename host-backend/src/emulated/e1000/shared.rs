@@ -134,7 +134,8 @@ impl Shared {
 
     /// Takes the rings away from the worker: when this returns, it does not
     /// touch what it had of them. It waits for the frame that the worker has at
-    /// hand, which no link keeps for long, and for no more.
+    /// hand and for the link to take the batch that ends with it, and for no
+    /// more.
     pub(super) fn quiesce<T>(&self, change: impl FnOnce(&mut Plane) -> T) -> T {
         self.claims.fetch_add(1, Ordering::AcqRel);
         let result = change(&mut self.plane());
