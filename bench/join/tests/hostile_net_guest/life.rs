@@ -1,5 +1,6 @@
 //! Lanes that start and stop, with whatever is under way.
 
+use super::link::TestLink;
 use super::{HEADER, OWN, PEER, Port, RINGS, SIZE, Scene, frame};
 use pvkit_host::event::EventFd;
 use pvkit_host::link::Link;
@@ -7,12 +8,12 @@ use pvkit_host::virtio::device::{Device, DeviceEvents, LaneResources};
 use pvkit_host::virtio::net::{MAX_PAIRS, Net, NetOptions, NetOptionsError};
 use pvkit_host::virtio::queue::{Fault, QueueAddresses, QueueResources};
 use pvkit_host::worker::{LaneState, Progress, SignalCounter, Worker};
+use pvkit_join::hostile::guest::{readable, writable};
 use pvkit_protocol::frame::{FrameMeta, MacAddress, Offloads};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::{NetFeatures, NetHeader};
 use std::sync::Arc;
-
-use super::link::TestLink;
+use zerocopy::IntoBytes;
 
 #[test]
 fn a_link_that_is_full_for_ever_holds_no_reset_up() {
@@ -104,10 +105,31 @@ fn a_lane_goes_on_where_it_stopped() {
             // second needs more buffers than there are.
             link.set_room(0, Some(2));
             for seed in 0..3 {
-                scene.transmit(&NetHeader::default(), &frame(PEER, seed ^ round, 400));
+                let at = scene.tx.place(412);
+                scene.tx.guest.poke(at, NetHeader::default().as_bytes());
+                scene
+                    .tx
+                    .guest
+                    .poke(at + 12, &frame(PEER, seed ^ round, 400));
+                // A header of its own, for some.
+                if seed == 0 {
+                    scene.tx.post(&[readable(at, 412)]);
+                } else {
+                    scene.tx.post(&[readable(at, 12), readable(at + 12, 400)]);
+                }
             }
-            for _ in 0..3 {
-                scene.rx.lend(112);
+            for pieces in 1..=3 {
+                let at = scene.rx.place(112);
+                let parts = [
+                    writable(at, 40),
+                    writable(at + 40, 40),
+                    writable(at + 80, 32),
+                ];
+                match pieces {
+                    1 => scene.rx.post(&[writable(at, 112)]),
+                    2 => scene.rx.post(&[writable(at, 80), parts[2]]),
+                    _ => scene.rx.post(&parts),
+                }
             }
             link.offer(0, &frame(OWN, round, 100), FrameMeta::PLAIN);
             let long = frame(OWN, round ^ 0xff, 300);
@@ -148,7 +170,8 @@ fn chains_that_are_held_are_fetched_again_from_new_memory() {
         let mut scene = Scene::new(rings, NetFeatures::empty());
         scene.link.set_room(0, Some(0));
         scene.transmit(&NetHeader::default(), &frame(PEER, 1, 400));
-        scene.rx.lend(112);
+        let last = scene.tx.guest.layout.data + 411;
+        let first = scene.rx.lend(112);
         scene.link.offer(0, &frame(OWN, 1, 200), FrameMeta::PLAIN);
         scene.serve();
         // The same contents elsewhere in the host.
@@ -168,10 +191,16 @@ fn chains_that_are_held_are_fetched_again_from_new_memory() {
         }
         scene.link.set_room(0, None);
         let at = scene.rx.lend(112);
+        scene.tx.guest.poke(last, &[0x5a]);
         assert_eq!(scene.serve(), []);
         assert_eq!(scene.rx.used(), [112, 100]);
-        assert_eq!(scene.rx.guest.peek(at, 100), frame(OWN, 1, 200)[100..]);
-        assert_eq!(scene.link.sent(0).len(), 1);
+        let guest = &scene.rx.guest;
+        assert_eq!(guest.peek(first + 12, 100), frame(OWN, 1, 200)[..100]);
+        assert_eq!(guest.peek(at, 100), frame(OWN, 1, 200)[100..]);
+        let sent = scene.link.sent(0);
+        assert_eq!(sent.len(), 1);
+        assert_eq!(sent[0].0[..399], frame(PEER, 1, 400)[..399]);
+        assert_eq!(sent[0].0[399], 0x5a, "as it is in the new memory");
         assert_eq!(scene.tx.used(), [0]);
         assert!(scene.works());
     }

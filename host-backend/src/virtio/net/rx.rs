@@ -2,9 +2,9 @@
 //! link, copied into the driver's buffers.
 #![forbid(unsafe_code)]
 
-use super::NetCounters;
 use super::config::State;
 use super::filter::View;
+use super::{NetCounters, check};
 use crate::event::EventFd;
 use crate::link::{Delivered, FrameSink, LinkLane};
 use crate::memory::GuestMemory;
@@ -248,7 +248,7 @@ impl Receive {
         if meta.checksum == Checksum::Valid && !agreed.contains(Offloads::CHECKSUM) {
             meta.checksum = Checksum::Unknown;
         }
-        meta.check(frame, frame.len(), self.max, agreed).ok()
+        check(meta, frame, frame.len(), self.max, agreed).ok()
     }
 
     fn deliver(

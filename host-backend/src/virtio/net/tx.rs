@@ -3,7 +3,7 @@
 //! checked.
 #![forbid(unsafe_code)]
 
-use super::NetCounters;
+use super::{NetCounters, check};
 use crate::event::EventFd;
 use crate::link::{LinkLane, Sent, TxFrame};
 use crate::memory::{GuestMemory, IoBufs};
@@ -192,7 +192,7 @@ impl Transmit {
         let Some(said) = header.meta() else {
             return Ok(Err(|counters| &counters.tx_lies));
         };
-        let mut meta = match said.check(start, bytes, self.max, self.agreed) {
+        let mut meta = match check(said, start, bytes, self.max, self.agreed) {
             Ok(meta) => meta,
             Err(BadFrame::Short { .. }) => return Ok(Err(|counters| &counters.tx_short)),
             Err(BadFrame::Long { .. }) => return Ok(Err(|counters| &counters.tx_long)),
