@@ -1,7 +1,7 @@
 //! The scripts of all fuzz targets on stable Rust: their seeds, and
 //! pseudo-random ones.
 
-use pvkit_join::fuzz::{block_join, frame_offload, net_join, pci_config};
+use pvkit_join::fuzz::{block_join, e1000, frame_offload, net_join, pci_config};
 use pvkit_join::hostile::Noise;
 use std::path::Path;
 
@@ -53,6 +53,17 @@ fn some(noise: &mut Noise, count: usize) -> Vec<u8> {
     (0..count).map(|_| noise.next_u64() as u8).collect()
 }
 
+/// A frame about which nobody lies.
+fn frame(noise: &mut Noise) -> Vec<u8> {
+    let mut bytes = some(noise, 3);
+    bytes[0] &= !32;
+    if bytes[0] & 9 == 8 {
+        // The length of its segments.
+        bytes.extend(some(noise, 2));
+    }
+    bytes
+}
+
 #[test]
 fn every_seed_of_block_join() {
     play_seeds("block_join", block_join, 45);
@@ -61,6 +72,11 @@ fn every_seed_of_block_join() {
 #[test]
 fn every_seed_of_net_join() {
     play_seeds("net_join", net_join, 20);
+}
+
+#[test]
+fn every_seed_of_e1000() {
+    play_seeds("e1000", e1000, 12);
 }
 
 #[test]
@@ -106,27 +122,34 @@ fn random_scripts_of_net_join() {
             0 => opcodes.to_vec(),
             _ => [&opcodes[..], &rare].concat(),
         };
-        honest(source, 3, &opcodes, |opcode, source| {
-            let frame = |source: &mut Noise| {
-                let mut bytes = some(source, 3);
-                if bytes[0] & 9 == 8 {
-                    bytes.extend(some(source, 2));
-                }
-                if bytes[0] & 32 != 0 {
-                    // What is said has a length of its own.
-                    bytes[0] &= !32;
-                }
-                bytes
-            };
-            match opcode {
-                0 => [some(source, 1), frame(source)].concat(),
-                2 => frame(source),
-                6 | 7 | 15 => some(source, 2),
-                4 | 5 | 9 | 11 | 12 | 18 | 21 => some(source, 1),
-                25 => some(source, 3),
-                _ => Vec::new(),
-            }
+        honest(source, 3, &opcodes, |opcode, source| match opcode {
+            0 => [some(source, 1), frame(source)].concat(),
+            2 => frame(source),
+            6 | 7 | 15 => some(source, 2),
+            4 | 5 | 9 | 11 | 12 | 18 | 21 => some(source, 1),
+            25 => some(source, 3),
+            _ => Vec::new(),
         })
+    });
+}
+
+#[test]
+fn random_scripts_of_e1000() {
+    // Everything that a driver and the other end do.
+    let opcodes = [
+        0, 0, 0, 2, 2, 4, 4, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 17, 19,
+    ];
+    play_noise(e1000, 3_000, |seed, source| {
+        if seed % 2 != 0 {
+            return noise(source, 16, 900);
+        }
+        let mut script = honest(source, 2, &opcodes, |opcode, source| match opcode {
+            0 | 2 => frame(source),
+            7 | 8 | 9 | 10 | 16 => some(source, 1),
+            _ => Vec::new(),
+        });
+        script[0] &= !1;
+        script
     });
 }
 

@@ -10,12 +10,14 @@
 //!
 //! - [`block_join`] is a driver and a device of virtio-blk;
 //! - [`net_join`] is the same of virtio-net, over a switch;
+//! - [`e1000()`] is the same of an e1000, or a guest without a driver;
 //! - [`pci_config`] is how driver and device find each other on PCI, from both
 //!   sides;
 //! - [`frame_offload`] is no script: any frame, and what is said of it.
 
 mod block;
 mod buffer;
+mod e1000;
 mod forge;
 mod meddler;
 mod meddling;
@@ -24,6 +26,7 @@ mod offload;
 mod pci;
 
 pub use block::block_join;
+pub use e1000::e1000;
 pub use meddling::{Area, Meddling};
 pub use net::net_join;
 pub use offload::frame_offload;

@@ -88,7 +88,7 @@ impl<'a> Arbitrary<'a> for Setup {
 
 /// A frame, and what is said of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Frame {
+pub(in crate::fuzz) struct Frame {
     /// No packet of IP, but so many bytes.
     pub raw: bool,
     /// A packet of IPv6 instead of IPv4.
@@ -103,6 +103,21 @@ pub(super) struct Frame {
     pub segment: u16,
     /// What is said instead of the truth.
     pub lie: Option<Lie>,
+}
+
+impl Frame {
+    /// A short frame that is no packet.
+    pub(in crate::fuzz) const fn plain() -> Self {
+        Self {
+            raw: true,
+            v6: false,
+            udp: false,
+            inside: false,
+            bytes: 100,
+            segment: 0,
+            lie: None,
+        }
+    }
 }
 
 impl<'a> Arbitrary<'a> for Frame {
@@ -131,7 +146,7 @@ impl<'a> Arbitrary<'a> for Frame {
 
 /// What is said of a frame, whatever it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Lie {
+pub(in crate::fuzz) struct Lie {
     /// Say the truth about the checksum.
     honest_checksum: bool,
     meta: FrameMeta,

@@ -10,7 +10,7 @@ use pvkit_protocol::frame::{DEFAULT_MTU, FrameMeta, max_frame_bytes};
 
 /// What the other end of the link got.
 #[derive(Default)]
-struct Got(Vec<(Vec<u8>, FrameMeta)>);
+pub(in crate::fuzz) struct Got(pub(in crate::fuzz) Vec<(Vec<u8>, FrameMeta)>);
 
 impl FrameSink for Got {
     fn deliver(&mut self, frame: &[u8], meta: &FrameMeta) -> Delivered {
@@ -142,15 +142,7 @@ impl World {
         self.to_host.forget();
         self.to_guest.forget();
         self.meddled = false;
-        let frame = Frame {
-            raw: true,
-            v6: false,
-            udp: false,
-            inside: false,
-            bytes: 100,
-            segment: 0,
-            lie: None,
-        };
+        let frame = Frame::plain();
         for _ in 0..3 {
             self.send(0, &frame);
             self.host_send(&frame);

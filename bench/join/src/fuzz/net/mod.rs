@@ -28,7 +28,7 @@ use super::{Meddling, clean_arena, keep_arena};
 use crate::arena::{Arena, ArenaSpace};
 use crate::stepped::{Steps, stepped};
 use crate::wire::Wire;
-use action::{Action, Frame, Setup};
+use action::{Action, Setup};
 use arbitrary::{Arbitrary, Unstructured};
 use pvkit_guest::net::{HEADROOM, MacAddress, NetRx, NetTx, Offloads, Reason};
 use pvkit_guest::virtio::init::InitError;
@@ -44,9 +44,10 @@ use pvkit_protocol::frame::{ETHERNET_HEADER_BYTES, HEAD_BYTES, max_frame_bytes};
 use pvkit_protocol::virtio::net::HEADER_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use traffic::{MOST_PAYLOAD, Traffic};
 
-pub(super) use action::meta;
+pub(super) use action::{Frame, meta};
+pub(super) use ends::Got;
+pub(super) use traffic::{MOST_PAYLOAD, Traffic};
 
 const ARENA_BYTES: usize = 1 << 20;
 /// Longest script.
@@ -56,12 +57,12 @@ const PLACES: usize = 12;
 /// Bytes of a buffer to transmit.
 const BUFFER_BYTES: usize = HEADROOM + 256 + MOST_PAYLOAD;
 /// Most bytes that wait in the switch.
-const INBOX_BYTES: usize = 1 << 20;
+pub(super) const INBOX_BYTES: usize = 1 << 20;
 /// Guest memory in front of a ring that is worth meddling with.
 const SLOT_BYTES: u64 = 2048;
 
-const GUEST: MacAddress = MacAddress::local(1);
-const HOST: MacAddress = MacAddress::local(9);
+pub(super) const GUEST: MacAddress = MacAddress::local(1);
+pub(super) const HOST: MacAddress = MacAddress::local(9);
 
 type Transport = GuestTransport<Wire<Meddler>>;
 type Pair = PairOf<Buffer, ArenaSpace, Transport>;

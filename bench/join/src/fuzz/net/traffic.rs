@@ -10,7 +10,7 @@ use pvkit_protocol::frame::{Checksum, FrameMeta, MacAddress, Segmentation, ether
 use std::collections::BTreeMap;
 
 /// Most bytes of a packet's payload.
-pub(super) const MOST_PAYLOAD: usize = 8192;
+pub(in crate::fuzz) const MOST_PAYLOAD: usize = 8192;
 /// Most bytes of a frame that is no packet: a few more than are allowed.
 const MOST_RAW: usize = 1530;
 /// Segments of up to 64 bytes more, with any of the headers, are not too long.
@@ -43,18 +43,18 @@ struct Sent {
 
 /// A frame that can be sent.
 #[derive(Debug)]
-pub(super) struct Made {
-    pub(super) bytes: Vec<u8>,
-    pub(super) meta: FrameMeta,
+pub(in crate::fuzz) struct Made {
+    pub(in crate::fuzz) bytes: Vec<u8>,
+    pub(in crate::fuzz) meta: FrameMeta,
     /// Nobody lies about it.
-    pub(super) honest: bool,
+    pub(in crate::fuzz) honest: bool,
     number: u32,
     packet: Option<Packet>,
 }
 
 /// Frames in one direction.
 #[derive(Debug)]
-pub(super) struct Traffic {
+pub(in crate::fuzz) struct Traffic {
     to: MacAddress,
     next: u32,
     sent: BTreeMap<u32, Sent>,
@@ -63,7 +63,7 @@ pub(super) struct Traffic {
 }
 
 impl Traffic {
-    pub(super) fn new(to: MacAddress) -> Self {
+    pub(in crate::fuzz) fn new(to: MacAddress) -> Self {
         Self {
             to,
             next: FIRST,
@@ -73,7 +73,7 @@ impl Traffic {
     }
 
     /// Makes a frame. One that is too short for a number is none of these.
-    pub(super) fn make(&mut self, frame: &Frame) -> Made {
+    pub(in crate::fuzz) fn make(&mut self, frame: &Frame) -> Made {
         let number = self.next;
         self.next += 1;
         let from = MacAddress::local(number);
@@ -114,14 +114,14 @@ impl Traffic {
     }
 
     /// Bytes on their way, at the most.
-    pub(super) fn cost(&self) -> usize {
+    pub(in crate::fuzz) fn cost(&self) -> usize {
         self.sent.values().map(|sent| sent.cost).sum()
     }
 
     /// The frame was sent, by a lane if there are several, by somebody who
     /// found it to be what is said of it. It comes in for sure, if that is so
     /// and nobody loses it.
-    pub(super) fn sent(&mut self, made: Made, lane: Option<usize>, sure: bool) {
+    pub(in crate::fuzz) fn sent(&mut self, made: Made, lane: Option<usize>, sure: bool) {
         let cost = match &made.meta.segments {
             // Headers of each segment, and what a switch keeps about it.
             Some(segments) => made.bytes.len() * (2 + 100 / usize::from(segments.size.max(1))),
@@ -148,19 +148,19 @@ impl Traffic {
     }
 
     /// Nothing is on its way any more.
-    pub(super) fn forget(&mut self) {
+    pub(in crate::fuzz) fn forget(&mut self) {
         self.sent.clear();
     }
 
     /// Whatever is on its way may be lost.
-    pub(super) fn doubt(&mut self) {
+    pub(in crate::fuzz) fn doubt(&mut self) {
         for sent in self.sent.values_mut() {
             sent.sure = false;
         }
     }
 
     /// A frame came in at a lane, and nobody has meddled with it.
-    pub(super) fn came_in(&mut self, lane: usize, frame: &[u8], meta: &FrameMeta) {
+    pub(in crate::fuzz) fn came_in(&mut self, lane: usize, frame: &[u8], meta: &FrameMeta) {
         let number = u32::from_be_bytes(*frame[8..].first_chunk().expect("an address"));
         let sent = self.sent.get_mut(&number);
         let sent = sent.unwrap_or_else(|| panic!("frame {number:#x} comes in once"));
@@ -208,7 +208,7 @@ impl Traffic {
     }
 
     /// Everything came in that had to.
-    pub(super) fn check_end(&self) {
+    pub(in crate::fuzz) fn check_end(&self) {
         let lost = self.sent.iter().find(|(_, sent)| sent.sure);
         assert!(lost.is_none(), "lost: {lost:?}");
     }
