@@ -1,6 +1,6 @@
 //! Lies in registers and in the configuration space.
 
-use super::{Scene, options};
+use super::{BUFFER_BYTES, Scene, options};
 use pvkit_guest::net::{MacAddress, NetRx, NetTx};
 use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::net::{Net, NetOptions};
@@ -55,7 +55,7 @@ fn frames_that_do_not_fit_the_buffers() {
         device.features -= NetFeatures::MRG_RXBUF.into();
         device.config.mtu = 9000.into();
     };
-    let (have, need) = (2048, 12 + 9018);
+    let (have, need) = (BUFFER_BYTES, 12 + 9018);
     assert_eq!(
         open(prepare, options()),
         InitError::BufferBytes { have, need }
