@@ -237,7 +237,7 @@ pub enum BadFrame {
     },
     /// It is to be cut, and has no such headers; or its segments would be
     /// empty; or its checksum is not left to be made, as that of each segment
-    /// has to be.
+    /// has to be. Headers that end behind [`HEAD_BYTES`] count as none.
     Segmentation,
 }
 
@@ -325,6 +325,9 @@ impl FrameMeta {
         let mut needs = self.needs();
         let mut checked = *self;
         if let Some(segments) = &mut checked.segments {
+            // No more than all who check a frame have seen of it: they are to
+            // agree.
+            let head = head.get(..HEAD_BYTES).unwrap_or(head);
             let headers = Headers::parse(head).ok_or(BadFrame::Segmentation)?;
             let (version, transport) = match segments.kind {
                 SegmentKind::Tcp4 => (IpVersion::V4, protocol::TCP),
@@ -340,6 +343,8 @@ impl FrameMeta {
                 && headers.protocol == transport
                 && !headers.fragment
                 && segments.size != 0
+                // UDP knows no such flag.
+                && !(segments.ecn && segments.kind == SegmentKind::Udp)
                 && usize::from(payload) < bytes
                 && self.checksum == headers.partial_checksum();
             if !as_said {
@@ -389,6 +394,36 @@ mod tests {
         assert!(MacAddress::BROADCAST.is_multicast());
         assert!(MacAddress::local(7).is_unicast());
         assert!(!MacAddress::default().is_unicast());
+    }
+
+    #[test]
+    fn headers_count_as_far_as_everybody_sees_them() {
+        // IPv6 with an extension header, then UDP.
+        for (units, fits) in [(15, true), (16, false)] {
+            let mut frame = [0; 300];
+            frame[12..15].copy_from_slice(&[0x86, 0xdd, 0x60]);
+            frame[20] = 60;
+            frame[54..56].copy_from_slice(&[protocol::UDP, units]);
+            let transport = 14 + 40 + 8 * (u16::from(units) + 1);
+            let meta = |ecn| FrameMeta {
+                checksum: Checksum::Partial {
+                    start: transport,
+                    offset: 6,
+                },
+                segments: Some(Segmentation {
+                    kind: SegmentKind::Udp,
+                    ecn,
+                    size: 10,
+                    header_bytes: 0,
+                }),
+            };
+            let all = Offloads::all();
+            assert_eq!(usize::from(transport) + 8 <= HEAD_BYTES, fits);
+            for head in [&frame[..HEAD_BYTES], &frame] {
+                assert_eq!(meta(false).check(head, 300, 1518, all).is_ok(), fits);
+                assert!(meta(true).check(head, 300, 1518, all).is_err());
+            }
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! - [`pci`] is a machine with a virtio device on a PCI bus; [`any`] makes one
 //!   type of both transports.
 //! - [`ide`] is a machine with an IDE controller on a PCI bus.
+//! - [`e1000`] is a machine with a network card of old on a PCI bus.
 //! - [`mod@stepped`] drives the device's lanes by hand, so that every run is the
 //!   same; [`Threads`](pvkit_host::executor::Threads) of the host crate drives
 //!   them on threads of their own.
@@ -31,6 +32,7 @@ pub mod any;
 pub mod arena;
 pub mod conformance;
 pub mod disk;
+pub mod e1000;
 #[allow(unsafe_code)]
 pub mod fuzz;
 pub mod hostile;

@@ -5,7 +5,9 @@
 use pvkit_protocol::frame::{
     Checksum, ETHERNET_HEADER_BYTES, FrameMeta, MacAddress, SegmentKind, Segmentation, ethertype,
 };
-use pvkit_protocol::inet::{IPV4_CHECKSUM, TCP_CHECKSUM, UDP_CHECKSUM, protocol};
+use pvkit_protocol::inet::{
+    Headers, IPV4_CHECKSUM, IpVersion, TCP_CHECKSUM, UDP_CHECKSUM, protocol,
+};
 
 /// A packet: IP of either version, TCP or UDP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -189,5 +191,52 @@ impl Packet {
             (sequence - 1000) as usize
         };
         (from, &transport[self.transport_bytes()..])
+    }
+}
+
+/// A frame with its checksum completed, as [`Checksum::Partial`] says.
+///
+/// # Panics
+/// If its field is outside of the frame.
+#[must_use]
+pub fn completed(frame: &[u8], start: u16, offset: u16) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    let field = usize::from(start) + usize::from(offset);
+    let checksum = match !sum(&frame[usize::from(start)..]) {
+        // 0 means that there is none (RFC 768).
+        0 if offset == UDP_CHECKSUM => 0xffff,
+        checksum => checksum,
+    };
+    frame[field..field + 2].copy_from_slice(&checksum.to_be_bytes());
+    frame
+}
+
+/// Checks the sums of a packet of TCP or UDP whose headers stand where `headers`
+/// says: that of an IPv4 header, and that of everything behind it, or what it
+/// begins with if it is left to the receiver.
+///
+/// # Panics
+/// If one is wrong.
+pub fn sums_up(frame: &[u8], headers: &Headers, meta: &FrameMeta) {
+    let (network, transport) = (headers.network.into(), usize::from(headers.transport));
+    let addresses = match headers.version {
+        IpVersion::V4 => {
+            assert_eq!(sum(&frame[network..transport]), 0xffff, "the IP header's");
+            &frame[network + 12..network + 20]
+        }
+        IpVersion::V6 => &frame[network + 8..network + 40],
+    };
+    let behind = &frame[transport..];
+    let before = pseudo(addresses, headers.protocol, behind.len());
+    match meta.checksum {
+        Checksum::Partial { start, offset } => {
+            assert_eq!(
+                headers.partial_checksum(),
+                Checksum::Partial { start, offset }
+            );
+            let at = usize::from(offset);
+            assert_eq!(&behind[at..at + 2], &sum(&before).to_be_bytes());
+        }
+        _ => assert_eq!(sum(&[&before, behind].concat()), 0xffff, "the transport's"),
     }
 }

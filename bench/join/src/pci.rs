@@ -94,6 +94,19 @@ pub struct BarWindow {
     doorbells: Range<usize>,
 }
 
+impl BarWindow {
+    /// What a register of a function on `root` decodes; writes to `doorbells`
+    /// count as such.
+    #[must_use]
+    pub fn new(root: Arc<PciRoot>, bar: MemoryBar, doorbells: Range<usize>) -> Self {
+        Self {
+            root,
+            bar,
+            doorbells,
+        }
+    }
+}
+
 impl BusDevice for BarWindow {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
@@ -120,7 +133,7 @@ pub type AnyWire = Wire<Box<dyn Window>>;
 
 /// A window onto nothing, for wires to hang on.
 #[derive(Debug)]
-struct Nothing;
+pub(crate) struct Nothing;
 
 impl BusDevice for Nothing {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
@@ -216,11 +229,8 @@ impl VirtioPci {
         } else {
             0..0
         };
-        self.wire.beside(Box::new(BarWindow {
-            root: self.root.clone(),
-            bar,
-            doorbells,
-        }))
+        let window = BarWindow::new(self.root.clone(), bar, doorbells);
+        self.wire.beside(Box::new(window))
     }
 
     /// Addresses that are left for windows.

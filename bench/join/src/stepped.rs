@@ -90,7 +90,10 @@ impl Steps {
     pub fn arm(&self) -> bool {
         let mut lanes = lock(&self.0);
         let lanes = lanes.iter_mut().flatten();
-        lanes.fold(false, |work, lane| lane.worker.arm() | work)
+        lanes.fold(false, |work, lane| {
+            lane.asleep = false;
+            lane.worker.arm() | work
+        })
     }
 
     /// Lets every lane do what a thread would do that spins for no time: if it

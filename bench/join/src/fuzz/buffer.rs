@@ -11,35 +11,37 @@ const GUARD: usize = 64;
 const WATCH: u8 = 0xc3;
 /// What a buffer holds that the device is to write.
 pub(super) const EMPTY: u8 = 0x3c;
-/// The longest buffer.
-pub(super) const LONGEST: usize = 4 * 512;
-/// Private buffers that a run may use.
-const PLACES: usize = 32;
-const PLACE: usize = LONGEST + 2 * GUARD;
 
 /// Private memory of the driver's machine, which no device may reach. It
 /// outlives whatever is taken from it.
 #[derive(Debug)]
 pub(super) struct Pool {
     memory: NonNull<[u8]>,
+    /// Bytes of each place, guards included.
+    place: usize,
+    places: usize,
     used: usize,
 }
 
 impl Pool {
-    pub(super) fn new() -> Self {
-        let memory = vec![WATCH; PLACES * PLACE].into_boxed_slice();
+    /// Room for so many buffers of up to `longest` bytes.
+    pub(super) fn new(places: usize, longest: usize) -> Self {
+        let place = longest + 2 * GUARD;
+        let memory = vec![WATCH; places * place].into_boxed_slice();
         Self {
             memory: NonNull::from(Box::leak(memory)),
+            place,
+            places,
             used: 0,
         }
     }
 
     fn take(&mut self, len: usize) -> Option<Outside> {
-        if self.used == PLACES || len > LONGEST {
+        if self.used == self.places || len > self.place - 2 * GUARD {
             return None;
         }
         // SAFETY: inside the pool; no two places overlap.
-        let start = unsafe { self.memory.cast::<u8>().add(self.used * PLACE + GUARD) };
+        let start = unsafe { self.memory.cast::<u8>().add(self.used * self.place + GUARD) };
         self.used += 1;
         Some(Outside { start, len })
     }
@@ -51,8 +53,9 @@ impl Pool {
     pub(super) unsafe fn free(self) {
         // SAFETY: it was leaked in `new`, and this is its only end.
         let memory = unsafe { Box::from_raw(self.memory.as_ptr()) };
-        for place in memory.chunks(PLACE) {
-            let guards = place[..GUARD].iter().chain(&place[PLACE - GUARD..]);
+        for place in memory.chunks(self.place) {
+            let end = self.place - GUARD;
+            let guards = place[..GUARD].iter().chain(&place[end..]);
             assert!(
                 guards.copied().all(|byte| byte == WATCH),
                 "private memory beside a buffer was written"
@@ -117,6 +120,16 @@ impl Buffer {
         unsafe { self.piece().as_mut() }
     }
 
+    /// Where it starts, which no other buffer does.
+    pub(super) fn start(&self) -> usize {
+        self.piece().addr().get()
+    }
+
+    /// Whether it lies in private memory.
+    pub(super) fn is_outside(&self) -> bool {
+        matches!(self, Self::Outside(_))
+    }
+
     /// Whether the bytes around a buffer of guest memory are untouched. (Those
     /// of the pool are checked in the end.)
     pub(super) fn guards_hold(&self) -> bool {
@@ -166,3 +179,16 @@ unsafe impl DmaBuf for Buffer {
 }
 // SAFETY: bytes, held exclusively.
 unsafe impl DmaBufMut for Buffer {}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: as for `bytes_mut`.
+        unsafe { self.piece().as_ref() }
+    }
+}
+
+impl AsMut<[u8]> for Buffer {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.bytes_mut()
+    }
+}

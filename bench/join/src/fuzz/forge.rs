@@ -1,13 +1,13 @@
 //! What meddling does to rings, headers and registers.
 #![forbid(unsafe_code)]
 
-use super::{ARENA_BYTES, Action, Area, World};
-use crate::arena::BASE;
+use super::meddler::{Meddler, Place};
+use super::{Area, Meddling};
+use crate::arena::{Arena, BASE};
+use crate::wire::Wire;
 use pvkit_host::bus::BusDevice;
-use pvkit_protocol::virtio::block::{RequestHeader, RequestType};
 use pvkit_protocol::virtio::packed::{DESCRIPTOR_FLAGS, PackedFlags};
-use pvkit_protocol::virtio::split::{AVAIL_IDX, USED_IDX, USED_RING};
-use zerocopy::IntoBytes;
+use pvkit_protocol::virtio::split::{AVAIL_IDX, DescriptorFlags, USED_IDX, USED_RING};
 
 /// NEXT, WRITE and INDIRECT are where they are; the two upper bits say whose
 /// the descriptor is.
@@ -18,44 +18,67 @@ fn packed_flags(bits: u8) -> u16 {
     flags.bits()
 }
 
-impl World {
+/// Who meddles with a queue of a device, and with the device's registers.
+#[derive(Debug)]
+pub(super) struct Forge<'a> {
+    pub(super) arena: &'a Arena,
+    pub(super) wire: &'a Wire<Meddler>,
+    /// It has packed rings.
+    pub(super) packed: bool,
+    /// The queue that is meant.
+    pub(super) queue: u16,
+    /// Its size.
+    pub(super) size: u16,
+    /// Guest memory in front of the queue's descriptors that holds its slots,
+    /// in bytes, at the most.
+    pub(super) slots: u64,
+}
+
+impl Forge<'_> {
+    fn place(&self) -> Place {
+        self.wire.device().place(self.queue)
+    }
+
     /// The bytes of an area, as guest addresses.
-    fn area(&self, area: Area) -> (u64, u64) {
-        let size = u64::from(self.setup.queue_size);
-        let place = self.wire.device().place;
+    pub(super) fn area(&self, area: Area) -> (u64, u64) {
+        let size = u64::from(self.size);
+        let place = self.place();
         match area {
             Area::Descriptors => (place.descriptors, 16 * size),
             // Of a packed ring, the structures that ask for notifications.
-            Area::Avail if self.setup.packed => (place.avail, 4),
-            Area::Used if self.setup.packed => (place.used, 4),
+            Area::Avail if self.packed => (place.avail, 4),
+            Area::Used if self.packed => (place.used, 4),
             Area::Avail => (place.avail, 6 + 2 * size),
             Area::Used => (place.used, 6 + 8 * size),
             // Allocated first, and so in front of the rings.
-            Area::Slots => (BASE, place.descriptors - BASE),
-            Area::Anywhere => (BASE, ARENA_BYTES as u64),
+            Area::Slots => {
+                let len = place.descriptors.saturating_sub(BASE).min(self.slots);
+                (place.descriptors - len, len)
+            }
+            Area::Anywhere => (BASE, self.arena.bytes() as u64),
         }
     }
 
-    fn poke(&self, addr: u64, bytes: &[u8]) {
+    pub(super) fn poke(&self, addr: u64, bytes: &[u8]) {
         // Areas end inside guest memory, words of the last one may not.
         let _ = self.arena.snapshot().write(addr, bytes);
     }
 
-    fn peek(&self, addr: u64) -> [u8; 2] {
-        let mut bytes = [0; 2];
+    fn peek<const N: usize>(&self, addr: u64) -> [u8; N] {
+        let mut bytes = [0; N];
         let _ = self.arena.snapshot().read(addr, &mut bytes);
         bytes
     }
 
-    pub(super) fn meddle(&mut self, action: Action) {
-        match action {
-            Action::Flip { area, offset, bit } => {
+    pub(super) fn meddle(&self, meddling: Meddling) {
+        match meddling {
+            Meddling::Flip { area, offset, bit } => {
                 let (start, len) = self.area(area);
                 let addr = start + u64::from(offset) % len.max(1);
-                let byte = self.peek(addr)[0] ^ (1 << (bit % 8));
+                let byte = self.peek::<1>(addr)[0] ^ (1 << (bit % 8));
                 self.poke(addr, &[byte]);
             }
-            Action::Word {
+            Meddling::Word {
                 area,
                 offset,
                 value,
@@ -64,9 +87,9 @@ impl World {
                 let addr = start + 2 * (u64::from(offset) % (len / 2).max(1));
                 self.poke(addr, &value.to_le_bytes());
             }
-            Action::Index { used, by } if self.setup.packed => self.turn(used, by),
-            Action::Index { used, by } => {
-                let place = self.wire.device().place;
+            Meddling::Index { used, by } if self.packed => self.turn(used, by),
+            Meddling::Index { used, by } => {
+                let place = self.place();
                 let addr = if used {
                     place.used + USED_IDX as u64
                 } else {
@@ -76,19 +99,19 @@ impl World {
                 let index = index.wrapping_add_signed(i16::from(by));
                 self.poke(addr, &index.to_le_bytes());
             }
-            Action::Element { slot, id, len } if self.setup.packed => {
+            Meddling::Element { slot, id, len } if self.packed => {
                 self.give_back(slot, id, len);
             }
-            Action::Element { slot, id, len } => {
-                let slot = u64::from(slot) % u64::from(self.setup.queue_size);
-                let used = self.wire.device().place.used;
+            Meddling::Element { slot, id, len } => {
+                let slot = u64::from(slot) % u64::from(self.size);
+                let used = self.place().used;
                 let addr = used + USED_RING as u64 + 8 * slot;
                 let mut element = [0; 8];
                 element[0] = id;
                 element[4..6].copy_from_slice(&len.to_le_bytes());
                 self.poke(addr, &element);
             }
-            Action::Descriptor {
+            Meddling::Descriptor {
                 index,
                 page,
                 len,
@@ -106,7 +129,7 @@ impl World {
                 let mut descriptor = [0; 16];
                 descriptor[..8].copy_from_slice(&to.to_le_bytes());
                 descriptor[8..10].copy_from_slice(&len.to_le_bytes());
-                if self.setup.packed {
+                if self.packed {
                     descriptor[12] = next;
                     let flags = packed_flags(flags);
                     descriptor[14..].copy_from_slice(&flags.to_le_bytes());
@@ -116,26 +139,25 @@ impl World {
                 }
                 self.poke(addr, &descriptor);
             }
-            Action::Header {
-                slot,
-                kind,
-                sector,
-                shift,
+            Meddling::Payload {
+                index,
+                offset,
+                value,
             } => {
-                let (start, len) = self.area(Area::Slots);
-                let size = u64::from(self.setup.queue_size);
-                let addr = start + u64::from(slot) % size * (len / size);
-                let kind = match kind % 5 {
-                    0 => RequestType::IN,
-                    1 => RequestType::OUT,
-                    2 => RequestType::FLUSH,
-                    3 => RequestType::GET_ID,
-                    _ => RequestType(u32::from(kind)),
-                };
-                let sector = u64::from(sector) << (shift % 64);
-                self.poke(addr, RequestHeader::new(kind, sector).as_bytes());
+                let (start, bytes) = self.area(Area::Descriptors);
+                let mut at = start + 16 * (u64::from(index) % (bytes / 16).max(1));
+                // NEXT, WRITE and INDIRECT are the same in both formats, but
+                // not where they stand.
+                let flags = at + if self.packed { 14 } else { 12 };
+                let flags = u16::from_le_bytes(self.peek(flags));
+                if flags & DescriptorFlags::INDIRECT.bits() != 0 {
+                    at = u64::from_le_bytes(self.peek(at));
+                }
+                let addr = u64::from_le_bytes(self.peek(at));
+                let addr = addr.wrapping_add(offset.into());
+                self.poke(addr, &value.to_le_bytes());
             }
-            Action::Write {
+            Meddling::Write {
                 offset,
                 width,
                 value,
@@ -150,7 +172,7 @@ impl World {
                 // Past the meddler: the driver's own addresses stay known.
                 self.wire.device().device.write(offset, &data[..width]);
             }
-            Action::Lie {
+            Meddling::Lie {
                 register,
                 mask,
                 times,
@@ -158,7 +180,6 @@ impl World {
                 let offset = u64::from(register % 0x52) * 4;
                 self.wire.device().lie(offset, mask, times);
             }
-            action => unreachable!("{action:?} meddles with nothing"),
         }
     }
 

@@ -7,7 +7,7 @@ use pvkit_host::bus::BusDevice;
 use pvkit_host::virtio::transport::MmioTransport;
 use pvkit_protocol::virtio::mmio;
 
-/// The addresses that the driver gave for its queue.
+/// The addresses that the driver gave for a queue.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Place {
     pub(super) descriptors: u64,
@@ -15,12 +15,17 @@ pub(super) struct Place {
     pub(super) used: u64,
 }
 
+/// Queues of which the addresses are kept.
+const QUEUES: usize = 8;
+
 /// A device whose registers are meddled with.
 #[derive(Debug)]
 pub(super) struct Meddler {
     /// The real one.
     pub(super) device: MmioTransport,
-    pub(super) place: Place,
+    /// By queue.
+    places: [Place; QUEUES],
+    selected: usize,
     lies: Vec<Lie>,
 }
 
@@ -35,9 +40,14 @@ impl Meddler {
     pub(super) fn new(device: MmioTransport) -> Self {
         Self {
             device,
-            place: Place::default(),
+            places: [Place::default(); QUEUES],
+            selected: 0,
             lies: Vec::new(),
         }
+    }
+
+    pub(super) fn place(&self, queue: u16) -> Place {
+        self.places[usize::from(queue)]
     }
 
     pub(super) fn lie(&mut self, offset: u64, mask: u32, times: u8) {
@@ -78,16 +88,17 @@ impl BusDevice for Meddler {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        let value = data.try_into().map_or(0, u32::from_le_bytes);
         let half = |address: &mut u64, high: bool| {
-            let value = data.try_into().map_or(0, u32::from_le_bytes);
             *address = if high {
                 (*address & 0xffff_ffff) | (u64::from(value) << 32)
             } else {
                 (*address & !0xffff_ffff) | u64::from(value)
             };
         };
-        let place = &mut self.place;
+        let place = &mut self.places[self.selected];
         match offset as usize {
+            mmio::QUEUE_SEL => self.selected = (value as usize).min(QUEUES - 1),
             mmio::QUEUE_DESC_LOW => half(&mut place.descriptors, false),
             mmio::QUEUE_DESC_HIGH => half(&mut place.descriptors, true),
             mmio::QUEUE_DRIVER_LOW => half(&mut place.avail, false),

@@ -10,7 +10,8 @@
 //! is; a driver looks at registers only where they are, and not for ever.
 #![forbid(unsafe_code)]
 
-use crate::arena::{Arena, BASE};
+use super::{clean_arena, keep_arena};
+use crate::arena::Arena;
 use crate::disk::pattern;
 use crate::hostile::function::{LyingFunction, PLACE as LIAR, Wall};
 use crate::pci::{PLACE, VirtioPci};
@@ -26,7 +27,6 @@ use pvkit_host::virtio::block::{Block as Device, BlockOptions as DeviceOptions};
 use pvkit_host::virtio::transport::PciOptions;
 use pvkit_protocol::pci::{capability, header};
 use pvkit_protocol::virtio::pci::common;
-use std::cell::RefCell;
 use std::sync::Arc;
 
 const ARENA_BYTES: usize = 256 * 1024;
@@ -36,11 +36,6 @@ const ACTIONS: usize = 512;
 /// Bytes of configuration space that a driver looks at, at the most: some 60
 /// capabilities, each with its registers, and what it writes.
 const MOST_ACCESSES: u32 = 20_000;
-
-thread_local! {
-    /// Mapping memory costs more than most scripts.
-    static ARENA: RefCell<Option<Arena>> = const { RefCell::new(None) };
-}
 
 /// One thing that a guest does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,16 +131,13 @@ pub fn pci_config(data: &[u8]) {
     let Ok(first) = u8::arbitrary(&mut bytes) else {
         return;
     };
-    let arena = ARENA.take().unwrap_or_else(|| Arena::new(ARENA_BYTES));
-    let zeros = vec![0; ARENA_BYTES];
-    arena.snapshot().write(BASE, &zeros).expect("RAM");
+    let arena = clean_arena(ARENA_BYTES);
     if first & 1 == 0 {
         guest_writes(first >> 1, &arena, &mut bytes);
     } else {
         function_lies(&arena, bytes.take_rest());
     }
-    assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "memory is free");
-    ARENA.set(Some(arena));
+    keep_arena(arena);
 }
 
 /// A guest does what the script says; then a driver uses the device.

@@ -1,6 +1,6 @@
 //! The control queue, and one that does not do what it should.
 
-use super::{Scene, options};
+use super::{BUFFER_BYTES, Scene, options};
 use pvkit_guest::fault::Fault;
 use pvkit_guest::net::{MacAddress, Offloads};
 use pvkit_guest::virtio::init::InitError;
@@ -253,7 +253,7 @@ fn several_pairs_and_the_queue_behind_them() {
         pairs: 3,
         ..options()
     };
-    let make = &mut || Some(vec![0u8; 2048]);
+    let make = &mut || Some(vec![0u8; BUFFER_BYTES]);
     let (mut net, mut pairs) =
         Net::open_pairs(transport(&wire), arena.space(), options, make).unwrap();
     assert_eq!((pairs.len(), net.limits().pairs), (3, 3));

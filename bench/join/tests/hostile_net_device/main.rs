@@ -27,8 +27,10 @@ type Rx = RxOf<Vec<u8>, ArenaSpace, Transport>;
 /// The receive queue, and the one that transmits.
 const RX: usize = 0;
 const TX: usize = 1;
-/// Receive buffers: fewer than the queue has descriptors.
+/// Receive buffers: fewer than the queue has descriptors, and enough for the
+/// longest frame.
 const BUFFERS: u16 = 16;
+const BUFFER_BYTES: usize = 4224;
 
 /// The driver, and a device that is honest for now.
 struct Scene {
@@ -43,6 +45,7 @@ fn options() -> NetOptions {
     NetOptions {
         queue_size: 32,
         receive_buffers: BUFFERS,
+        buffer_bytes: BUFFER_BYTES,
         control_polls: 100,
         ..NetOptions::default()
     }
@@ -249,7 +252,10 @@ fn an_honest_device_serves_the_driver() {
                 device.features |= ring;
                 device.config.mtu = 9000.into();
             },
-            options(),
+            NetOptions {
+                buffer_bytes: 2048,
+                ..options()
+            },
         );
         for _ in 0..100 {
             scene.works("merged");

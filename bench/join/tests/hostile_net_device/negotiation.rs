@@ -1,6 +1,6 @@
 //! Lies in registers and in the configuration space.
 
-use super::{BUFFERS, Scene, buffer, frame, options};
+use super::{BUFFER_BYTES, BUFFERS, Scene, buffer, frame, options};
 use pvkit_guest::net::{FrameMeta, MacAddress, NetRx, NetTx};
 use pvkit_guest::storage::Storage;
 use pvkit_guest::virtio::init::InitError;
@@ -61,7 +61,7 @@ fn frames_that_do_not_fit_the_buffers() {
         device.features -= NetFeatures::MRG_RXBUF.into();
         device.config.mtu = 9000.into();
     };
-    let (have, need) = (2048, 12 + 9018);
+    let (have, need) = (BUFFER_BYTES, 12 + 9018);
     assert_eq!(
         open(prepare, options()),
         InitError::BufferBytes { have, need }

@@ -1,6 +1,6 @@
 //! Lies in the rings: names, lengths, and how many buffers a frame fills.
 
-use super::{RINGS, RX, Scene, TX, buffer, frame, options, scenes};
+use super::{BUFFER_BYTES, RINGS, RX, Scene, TX, buffer, frame, options, scenes};
 use pvkit_guest::fault::Fault;
 use pvkit_guest::net::{FrameMeta, NetRx, NetTx};
 use pvkit_protocol::virtio::Features;
@@ -52,16 +52,16 @@ fn names_that_are_not_in_flight_or_used_twice() {
 
 #[test]
 fn lengths_longer_than_what_was_posted() {
-    for len in [2049, 4096, 0x8000_0000, u32::MAX] {
+    for len in [BUFFER_BYTES as u32 + 1, 8192, 0x8000_0000, u32::MAX] {
         for (name, mut scene) in scenes() {
             let chains = scene.buffers();
             let chain = &chains[0];
-            assert_eq!(chain.room(), 2048, "{name}");
+            assert_eq!(chain.room(), BUFFER_BYTES as u32, "{name}");
             scene
                 .device()
                 .push(RX, chain.head.into(), len, 1)
                 .publish(RX);
-            let (id, posted) = (chain.head, 2048);
+            let (id, posted) = (chain.head, BUFFER_BYTES as u32);
             scene.assert_rx_faults_once(&name, Fault::UsedLen { id, len, posted });
             scene.assert_recovers(&name, 0);
         }

@@ -171,7 +171,7 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
         let allow = supported(wanted, control.is_some()) & (options.allow | Features::VERSION_1);
         let (features, _) = negotiate(&mut transport, allow, &options)?;
         let said = limits::read(&transport, features, &options).and_then(|said| {
-            check_buffers(features, said.mtu, options.buffer_bytes)?;
+            check_buffers(features, said.mtu, &options)?;
             Ok(said)
         });
         let said = match said {
@@ -412,9 +412,8 @@ pub(super) fn negotiate<T: Transport>(
     allow: Features,
     options: &NetOptions,
 ) -> Result<(Features, Quiesced), InitError> {
-    let bytes = options.buffer_bytes;
     let id = device_id::NETWORK;
     init::negotiate(transport, id, allow, options.require, |all| {
-        settle(all, bytes)
+        settle(all, options)
     })
 }

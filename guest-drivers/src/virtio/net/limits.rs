@@ -60,17 +60,24 @@ pub(super) fn supported(pairs: usize, control: bool) -> Features {
         | net.into()
 }
 
+/// Most buffers that one frame can fill. A device waits for ever for more
+/// buffers than it is ever shown at once.
+fn pieces(features: NetFeatures, options: &NetOptions) -> usize {
+    if features.contains(NetFeatures::MRG_RXBUF) {
+        let shown = options.receive_buffers.min(options.queue_size);
+        usize::from(shown).clamp(1, MAX_PIECES)
+    } else {
+        1
+    }
+}
+
 /// The set without what makes no sense without others: features whose
 /// requirements are missing, and long frames that the receive buffers could
 /// not hold (§5.1.6.3.1).
-pub(super) fn settle(features: Features, buffer_bytes: usize) -> Features {
+pub(super) fn settle(features: Features, options: &NetOptions) -> Features {
     let mut net = NetFeatures::from(features);
-    let pieces = if net.contains(NetFeatures::MRG_RXBUF) {
-        MAX_PIECES
-    } else {
-        1
-    };
-    if buffer_bytes.saturating_mul(pieces) < LARGE_FRAME_BYTES {
+    let pieces = pieces(net, options);
+    if options.buffer_bytes.saturating_mul(pieces) < LARGE_FRAME_BYTES {
         net.remove(LARGE);
     }
     if !net.contains(NetFeatures::STATUS) {
@@ -80,16 +87,17 @@ pub(super) fn settle(features: Features, buffer_bytes: usize) -> Features {
     (features - NetFeatures::all().into()) | net.without_dangling().into()
 }
 
-/// Checks that receive buffers of `bytes` bytes hold a frame of the MTU.
-pub(super) fn check_buffers(features: Features, mtu: u16, bytes: usize) -> Result<(), InitError> {
+/// Checks that the receive buffers hold a frame of the MTU.
+pub(super) fn check_buffers(
+    features: Features,
+    mtu: u16,
+    options: &NetOptions,
+) -> Result<(), InitError> {
+    let bytes = options.buffer_bytes;
     let frame = HEADER_BYTES + max_frame_bytes(mtu);
-    let mergeable = NetFeatures::from(features).contains(NetFeatures::MRG_RXBUF);
-    let need = if mergeable {
-        // The header lies in one buffer, whatever else is merged.
-        frame.div_ceil(MAX_PIECES).max(2 * HEADER_BYTES)
-    } else {
-        frame
-    };
+    let pieces = pieces(NetFeatures::from(features), options);
+    // The header lies in one buffer, whatever else is merged.
+    let need = frame.div_ceil(pieces).max(2 * HEADER_BYTES);
     if bytes < need {
         return Err(InitError::BufferBytes { have: bytes, need });
     }
@@ -204,8 +212,40 @@ mod tests {
     use pvkit_protocol::virtio::Features;
     use pvkit_protocol::virtio::net::{NetConfig, NetFeatures};
 
+    fn buffers(buffer_bytes: usize) -> NetOptions {
+        NetOptions {
+            buffer_bytes,
+            ..NetOptions::default()
+        }
+    }
+
     fn settled(net: NetFeatures, buffer_bytes: usize) -> NetFeatures {
-        NetFeatures::from(settle(Features::from(net), buffer_bytes))
+        NetFeatures::from(settle(Features::from(net), &buffers(buffer_bytes)))
+    }
+
+    #[test]
+    fn a_frame_fills_no_more_buffers_than_there_are() {
+        let merged = Features::from(LARGE | NetFeatures::GUEST_CSUM | NetFeatures::MRG_RXBUF);
+        let few = |receive_buffers, queue_size| NetOptions {
+            receive_buffers,
+            queue_size,
+            ..NetOptions::default()
+        };
+        for (buffers, ring, fits) in [(33, 64, true), (32, 64, false), (64, 32, false)] {
+            let settled = settle(merged, &few(buffers, ring));
+            assert_eq!(settled == merged, fits, "{buffers} of {ring}");
+        }
+        let short = NetOptions {
+            buffer_bytes: 512,
+            ..few(2, 64)
+        };
+        assert_eq!(
+            check_buffers(merged, 1500, &short),
+            Err(InitError::BufferBytes {
+                have: 512,
+                need: 765
+            })
+        );
     }
 
     #[test]
@@ -240,7 +280,7 @@ mod tests {
             assert!(!settled.intersects(gone | without), "{without:?}");
         }
         let kept = Features::EVENT_IDX | Features::VERSION_1;
-        assert_eq!(settle(kept, 0), kept);
+        assert_eq!(settle(kept, &buffers(0)), kept);
         assert!(!NetFeatures::from(supported(1, true)).contains(NetFeatures::MQ));
         assert!(!NetFeatures::from(supported(2, false)).contains(NetFeatures::CTRL_VQ));
     }
@@ -300,13 +340,13 @@ mod tests {
     fn buffers_hold_a_frame_of_the_mtu() {
         let plain = Features::empty();
         let merged = NetFeatures::MRG_RXBUF.into();
-        assert!(check_buffers(plain, 1500, 1530).is_ok());
+        assert!(check_buffers(plain, 1500, &buffers(1530)).is_ok());
         let need = 1530;
         assert_eq!(
-            check_buffers(plain, 1500, 1529),
+            check_buffers(plain, 1500, &buffers(1529)),
             Err(InitError::BufferBytes { have: 1529, need })
         );
-        assert!(check_buffers(merged, 9000, 256).is_ok());
-        assert!(check_buffers(merged, 1500, 16).is_err());
+        assert!(check_buffers(merged, 9000, &buffers(256)).is_ok());
+        assert!(check_buffers(merged, 1500, &buffers(16)).is_err());
     }
 }

@@ -44,10 +44,12 @@ pub struct NetOptions {
     /// frames longer than the MTU
     /// ([`TSO4`](crate::net::Offloads::TSO4) and the like, received) they are
     /// at least 1,366 bytes where the device merges buffers, and 65,565 where
-    /// it does not; with less, such frames are not agreed on.
+    /// it does not; with less, or if all buffers of a pair that are with the
+    /// device at once hold less than 65,565, such frames are not agreed on.
     pub buffer_bytes: usize,
-    /// Receive buffers of each pair, if its memory comes from the heap. No more
-    /// than the queue has descriptors are with the device at once.
+    /// Receive buffers of each pair; with memory that the caller provides, at
+    /// most as many as are in it. No more than the queue has descriptors are
+    /// with the device at once.
     pub receive_buffers: u16,
     /// Largest payload of a frame, in bytes, where the device does not say.
     pub mtu: u16,

@@ -8,7 +8,7 @@ use crate::link::offload::{finish, is_taken, told};
 use crate::link::state::{Gathered, copy_frame};
 use crate::link::{Delivered, FrameSink, LinkCounters, LinkLane, Sent, TxFrame, Waits};
 use crate::worker::Interest;
-use pvkit_protocol::frame::MacAddress;
+use pvkit_protocol::frame::{MacAddress, max_frame_bytes};
 use pvkit_protocol::inet::{Headers, IpVersion, protocol};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -79,13 +79,25 @@ struct Routed<'a, 'b> {
     frame: &'a TxFrame<'b>,
     gathered: &'a mut Gathered,
     asleep: &'a mut Vec<Arc<Inbox>>,
+    /// Longest frame that is not segmented.
+    max: usize,
     /// It was finished in software, for one port at least.
     finished: bool,
-    /// It could not be: it is not what it says.
+    /// It could not be: it is not what it says, or what comes of it is too
+    /// long.
     bad: bool,
 }
 
 impl Routed<'_, '_> {
+    /// Whether it is to be cut into frames that are longer than a port's may
+    /// be: its sender says how long.
+    fn is_cut_long(&self) -> bool {
+        self.frame.meta.segments.is_some_and(|segments| {
+            let segment = usize::from(segments.header_bytes) + usize::from(segments.size);
+            segment.min(self.frame.bytes()) > self.max
+        })
+    }
+
     fn to(&mut self, port: &Port) {
         let Some(inbox) = steer(port, self.frame.head) else {
             return;
@@ -97,6 +109,8 @@ impl Routed<'_, '_> {
             pushed = inbox.push(frame.bytes(), &told(meta, takes), |room| {
                 copy_frame(frame, room);
             });
+        } else if self.is_cut_long() {
+            self.bad = true;
         } else if let Some(copy) = self.gathered.copy(frame) {
             let result = finish(copy, meta, takes, |head, rest, meta| {
                 let one = inbox.push(head.len() + rest.len(), meta, |room| {
@@ -175,6 +189,7 @@ impl LinkLane for SwitchLane {
             frame,
             gathered: &mut self.gathered,
             asleep: &mut self.asleep,
+            max: max_frame_bytes(self.own.shared.options.mtu),
             finished: false,
             bad: false,
         };

@@ -1,11 +1,12 @@
-//! What the bytes of a fuzzing input mean.
+//! What the bytes of an input of `block_join` mean.
 #![forbid(unsafe_code)]
 
+use crate::fuzz::Meddling;
 use arbitrary::{Arbitrary, Result, Unstructured};
 
 /// How driver and device are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Setup {
+pub(super) struct Setup {
     /// Offer indirect descriptors.
     pub indirect: bool,
     /// Offer event indices.
@@ -47,36 +48,9 @@ impl<'a> Arbitrary<'a> for Setup {
     }
 }
 
-/// A part of guest memory that is worth meddling with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Area {
-    /// The descriptor table, or the packed ring.
-    Descriptors,
-    /// The available ring, or what the driver wants to be told.
-    Avail,
-    /// The used ring, or what the device wants to be told.
-    Used,
-    /// Headers, status bytes and indirect tables.
-    Slots,
-    /// All of it, buffers included.
-    Anywhere,
-}
-
-impl<'a> Arbitrary<'a> for Area {
-    fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
-        Ok(match u8::arbitrary(u)? % 5 {
-            0 => Self::Descriptors,
-            1 => Self::Avail,
-            2 => Self::Used,
-            3 => Self::Slots,
-            _ => Self::Anywhere,
-        })
-    }
-}
-
 /// One step of a script.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+pub(super) enum Action {
     /// The driver submits a request: kind, sector and length in sectors, with
     /// a buffer inside or outside guest memory.
     Submit {
@@ -107,55 +81,8 @@ pub enum Action {
     ArmDevice,
     /// The disk may finish so many more requests.
     Allow(u8),
-    /// One bit of guest memory changes.
-    Flip {
-        /// Where.
-        area: Area,
-        /// Byte of the area, modulo its size.
-        offset: u16,
-        /// Which bit.
-        bit: u8,
-    },
-    /// A 16-bit word of guest memory changes.
-    Word {
-        /// Where.
-        area: Area,
-        /// Word of the area, modulo its size.
-        offset: u16,
-        /// To what.
-        value: u16,
-    },
-    /// An index moves: the available one, or the used one. Of a packed ring,
-    /// a descriptor changes hands.
-    Index {
-        /// Whose: that of the device.
-        used: bool,
-        /// By how much; which descriptor.
-        by: i8,
-    },
-    /// A used element is rewritten; a packed descriptor is given back.
-    Element {
-        /// Which.
-        slot: u8,
-        /// Its id.
-        id: u8,
-        /// Its length; of a packed descriptor, the upper two bits are the wrap
-        /// counter and WRITE.
-        len: u16,
-    },
-    /// A descriptor is rewritten, of the table or of a slot's own.
-    Descriptor {
-        /// Which.
-        index: u8,
-        /// Page of guest memory that it names.
-        page: u8,
-        /// Its length.
-        len: u16,
-        /// Its flags; of a packed one, the upper two bits are AVAIL and USED.
-        flags: u8,
-        /// Its next one; of a packed one, its id.
-        next: u8,
-    },
+    /// Memory or registers change.
+    Meddle(Meddling),
     /// A request's header is rewritten.
     Header {
         /// Of which slot.
@@ -173,25 +100,6 @@ pub enum Action {
         offset: u16,
         /// Bytes.
         width: u8,
-    },
-    /// A register is written behind the driver's back.
-    Write {
-        /// Where; multiples of 4 are meant if `width` is 4.
-        offset: u16,
-        /// Bytes.
-        width: u8,
-        /// What.
-        value: u32,
-    },
-    /// A register reads with bits flipped, for the next few reads. The status
-    /// only gets bits that it does not have: a status of 0 is a proof.
-    Lie {
-        /// Which register.
-        register: u8,
-        /// Which bits.
-        mask: u32,
-        /// For so many reads.
-        times: u8,
     },
 }
 
@@ -214,46 +122,12 @@ impl<'a> Arbitrary<'a> for Action {
             13 => Self::Run,
             14 => Self::ArmDevice,
             15 => Self::Allow(u.arbitrary()?),
-            16 => Self::Flip {
-                area: u.arbitrary()?,
-                offset: u.arbitrary()?,
-                bit: u.arbitrary()?,
-            },
-            17 => Self::Word {
-                area: u.arbitrary()?,
-                offset: u.arbitrary()?,
-                value: u.arbitrary()?,
-            },
-            18 => Self::Index {
-                used: u8::arbitrary(u)? & 1 != 0,
-                by: u.arbitrary()?,
-            },
-            19 => Self::Element {
-                slot: u.arbitrary()?,
-                id: u.arbitrary()?,
-                len: u.arbitrary()?,
-            },
-            20 => Self::Descriptor {
-                index: u.arbitrary()?,
-                page: u.arbitrary()?,
-                len: u.arbitrary()?,
-                flags: u.arbitrary()?,
-                next: u.arbitrary()?,
-            },
+            kind @ 16..=20 => Self::Meddle(Meddling::of_kind(kind - 16, u)?),
             21 => Self::Read {
                 offset: u.arbitrary()?,
                 width: u.arbitrary()?,
             },
-            22 => Self::Write {
-                offset: u.arbitrary()?,
-                width: u.arbitrary()?,
-                value: u.arbitrary()?,
-            },
-            23 => Self::Lie {
-                register: u.arbitrary()?,
-                mask: u.arbitrary()?,
-                times: u.arbitrary()?,
-            },
+            kind @ (22 | 23) => Self::Meddle(Meddling::of_kind(kind - 17, u)?),
             _ => Self::Header {
                 slot: u.arbitrary()?,
                 kind: u.arbitrary()?,

@@ -1,0 +1,5 @@
+//! Any frame, and anything that is said of it, checked and finished in
+//! software.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_join::fuzz::frame_offload(data));
