@@ -1,5 +1,6 @@
 //! One pass: a list of network jobs, run once, by one monitor.
 
+use super::plan::base_row;
 use super::row::{Card, NetRow, NetVmm, WireKind};
 use super::wire::in_process::InProcess;
 use super::wire::tap::TapWire;
@@ -9,7 +10,8 @@ use crate::pass::{
     HostCounts, MAX_SAMPLES, Progress, Report, Settings, check_outcome, patience, script_header,
     ticks,
 };
-use anyhow::{Context, Result, ensure};
+use crate::plan::SPIN_US;
+use anyhow::{Context, Result, anyhow, ensure};
 use pvkit_host::emulated::e1000::E1000Options;
 use pvkit_host::link::Link;
 use pvkit_host::link::tap::Tap;
@@ -19,7 +21,7 @@ use pvkit_host::vmm::Vm;
 use pvkit_protocol::frame::{MacAddress, Offloads};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::NetFeatures;
-use pvkit_workload::net::job::NetJob;
+use pvkit_workload::net::job::{NetJob, NetWork};
 use pvkit_workload::net::report::NetReport;
 use pvkit_workload::pattern;
 use pvkit_workload::report::{net_reports_offset, samples_offset};
@@ -28,6 +30,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 use zerocopy::{FromZeros, IntoBytes};
 
 /// Descriptors of each queue, or as many as the device has.
@@ -36,6 +39,9 @@ const QUEUE_SIZE: u16 = 1024;
 const BURST: u32 = 256;
 /// Frames in each direction that are compared byte by byte.
 const VERIFY: u32 = 64;
+
+/// How long two guests may exchange frames.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A row that is to be measured in a pass.
 #[derive(Debug, Clone, Copy)]
@@ -210,7 +216,8 @@ pub fn run(
                     Arc::new(tap)
                 }
             };
-            add_card(vm, card, link, spin_us.unwrap_or(0), settings)?;
+            let mac = MacAddress::local(1);
+            add_card(vm, card, link, mac, spin_us.unwrap_or(0), settings)?;
         }
         Ok(())
     });
@@ -227,11 +234,13 @@ fn add_card(
     vm: &mut Vm,
     card: Card,
     link: Arc<dyn Link>,
+    mac: MacAddress,
     spin_us: u32,
     settings: &Settings,
 ) -> Result<()> {
     let threads = threads_spinning(spin_us);
     let options = NetOptions {
+        mac,
         queue_size: QUEUE_SIZE,
         ..NetOptions::default()
     };
@@ -245,10 +254,76 @@ fn add_card(
             vm.add_virtio_pci(Box::new(device), threads, pci_options(settings))?;
         }
         Card::E1000 => {
-            vm.add_e1000(link, &E1000Options::new(MacAddress::local(1)), threads)?;
+            vm.add_e1000(link, &E1000Options::new(mac), threads)?;
         }
     }
     Ok(())
+}
+
+/// Two guests that exchange frames, each in a machine of its own.
+#[derive(Debug, Clone, Copy)]
+pub struct Exchange {
+    /// The card of both.
+    pub card: Card,
+    /// Bytes of a frame.
+    pub frame_bytes: u32,
+    /// Frames that the first and the second one send.
+    pub frames: [u64; 2],
+    /// Most of them on their way; 0 for no bound.
+    pub window: u32,
+}
+
+/// Runs both guests until they are done; says what each reports.
+///
+/// # Errors
+/// If a machine cannot be made, a guest fails or hangs, or data is wrong.
+pub fn exchange(
+    image: &Path,
+    what: &Exchange,
+    links: [Arc<dyn Link>; 2],
+    settings: &Settings,
+) -> Result<[NetReport; 2]> {
+    let task = NetTask {
+        index: 0,
+        row: NetRow {
+            frame_bytes: what.frame_bytes,
+            wire: WireKind::InProcess,
+            ..base_row(what.card, NetWork::Exchange)
+        },
+        round: 1,
+        hash: false,
+    };
+    let run = |number: u32, link: Arc<dyn Link>, frames: u64| {
+        let mut job = job(&task, 0, settings, 0);
+        job.frames.set(frames);
+        job.window.set(what.window);
+        let mut script = script_header(0, 1).as_bytes().to_vec();
+        script.extend_from_slice(job.as_bytes());
+        let tasks = [task];
+        let pass = Pass {
+            patience: PATIENCE,
+            ..pass(image, &script, &tasks, settings, &|_| {})
+        };
+        let mac = MacAddress::local(number);
+        let spin = SPIN_US;
+        let ran = kvm::run_machine(&pass, |vm| {
+            add_card(vm, what.card, link, mac, spin, settings)
+        })?;
+        let source = Report::open(&ran.memory)?;
+        let report: NetReport = source.read(net_reports_offset(0))?;
+        check_outcome(&report.job).with_context(|| format!("guest {number}"))?;
+        anyhow::Ok(report)
+    };
+    let [one, two] = links;
+    let [first, second] = what.frames;
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| run(2, two, second));
+        let own = run(1, one, first);
+        let other = other
+            .join()
+            .map_err(|_| anyhow!("the thread of a machine panicked"))?;
+        Ok([own?, other?])
+    })
 }
 
 /// Runs the tasks in QEMU, each card on a tap as ours is.
@@ -305,11 +380,8 @@ fn add_to_qemu(command: &mut Command, number: usize, card: Card, tap: &OwnedFd, 
 
 #[cfg(test)]
 mod tests {
-    use super::super::plan::base_row;
     use super::*;
-    use pvkit_workload::net::job::NetWork;
     use pvkit_workload::script::parse;
-    use std::time::Duration;
 
     #[test]
     fn rows_share_cards_and_jobs_name_them() {

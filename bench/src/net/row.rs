@@ -144,6 +144,7 @@ pub fn direction_name(work: NetWork) -> &'static str {
         NetWork::RoundTrip => "round-trip",
         NetWork::TcpReceive => "tcp-receive",
         NetWork::TcpSend => "tcp-send",
+        NetWork::Exchange => "exchange",
     }
 }
 

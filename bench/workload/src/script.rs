@@ -13,7 +13,7 @@ pub const MARK_PORT: u16 = 0x1510;
 /// The first bytes of a script.
 pub const MAGIC: [u8; 8] = *b"pvkitjob";
 /// The version of this format.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The start of a script; [`Job`]s follow, then [`NetJob`]s.
 #[derive(

@@ -27,6 +27,10 @@ pub enum Subject {
     /// The peer has sent all that it was asked to generate; nobody asked for
     /// this message.
     Finished,
+    /// Where another guest is that exchanges frames with this one: `count`,
+    /// `generated` and `received` of its own. An answer if it knows that this
+    /// one has sent all.
+    Progress,
 }
 
 impl Subject {
@@ -37,6 +41,7 @@ impl Subject {
             Self::Stop => 3,
             Self::Mode => 4,
             Self::Finished => 5,
+            Self::Progress => 6,
         }
     }
 
@@ -47,6 +52,7 @@ impl Subject {
             3 => Some(Self::Stop),
             4 => Some(Self::Mode),
             5 => Some(Self::Finished),
+            6 => Some(Self::Progress),
             _ => None,
         }
     }

@@ -53,6 +53,12 @@ pub struct NetJob {
     pub read_back: u8,
     /// Padding, 0.
     pub reserved: [u8; 3],
+    /// Frames that are sent to another guest.
+    pub frames: U64,
+    /// Most of them that may be on their way; 0 for no bound.
+    pub window: U32,
+    /// Padding, 0.
+    pub reserved2: U32,
 }
 
 code! {
@@ -80,5 +86,8 @@ code! {
         TcpReceive = 3,
         /// Sends a stream by TCP.
         TcpSend = 4,
+        /// Sends frames to another guest that does the same job, and receives
+        /// its frames.
+        Exchange = 5,
     }
 }

@@ -13,6 +13,7 @@
 pub mod control;
 mod counted;
 mod error;
+mod exchange;
 pub mod frame;
 pub mod job;
 pub mod peer;

@@ -111,7 +111,7 @@ impl Peer {
     ) -> Option<()> {
         match subject {
             Subject::Counters => {}
-            Subject::Finished => return None,
+            Subject::Finished | Subject::Progress => return None,
             Subject::Stop => {
                 self.generator = None;
                 self.finished.0 = 0;

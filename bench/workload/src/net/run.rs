@@ -110,8 +110,12 @@ where
         NetWork::RoundTrip => runner.round_trip(number, samples)?,
         NetWork::TcpReceive => tcp::run(&mut runner, number, true)?,
         NetWork::TcpSend => tcp::run(&mut runner, number, false)?,
+        NetWork::Exchange => runner.exchange(number)?,
     };
-    if !matches!(work, NetWork::TcpReceive | NetWork::TcpSend) {
+    if matches!(
+        work,
+        NetWork::Transmit | NetWork::Receive | NetWork::RoundTrip
+    ) {
         outcome.common.verified_bytes = runner.verify(u64::from(job.verify.get()))?;
     }
     outcome.transmit = limits.transmit;

@@ -199,7 +199,11 @@ fn variants() -> Vec<Packet> {
             packet.tags = bits >> 3;
             packet.options = if bits & 1 != 0 { 0 } else { 12 };
             // FIN, PSH, ACK, CWR, ECE.
-            packet.flags = if bits & 4 != 0 { 0xd9 } else { 0x18 };
+            packet.flags = if bits & 4 != 0 && !packet.udp {
+                0xd9
+            } else {
+                0x18
+            };
             packets.push(packet);
         }
     }
