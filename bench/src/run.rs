@@ -118,7 +118,8 @@ pub fn run(cli: &Cli) -> Result<()> {
         writeln!(out, "\n{}", table::pairs(&pairs))?;
     }
     if !net.results.is_empty() {
-        writeln!(out, "\n{}", net_table::results(&net.results))?;
+        writeln!(out, "\n{}", net_table::wires(&net.results))?;
+        writeln!(out, "{}", net_table::results(&net.results))?;
     }
     if !net.pairs.is_empty() {
         writeln!(out, "\n{}", net_table::pairs(&net.pairs))?;

@@ -5,6 +5,7 @@ use crate::machine::{Kind, Machine};
 use crate::stepped::{Steps, stepped};
 use pvkit_host::executor::Executor;
 use pvkit_host::link::Link;
+use pvkit_host::virtio::device::Device;
 use pvkit_host::virtio::net::{Net, NetControlCounters, NetCounters, NetOptions};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -43,11 +44,26 @@ impl NetJoin {
         executor: Box<dyn Executor>,
         bytes: usize,
     ) -> Self {
+        Self::with(link, options, |device| {
+            Machine::new(kind, device, executor, bytes)
+        })
+    }
+
+    /// A device at the end of `link`, in the machine that `machine` makes.
+    ///
+    /// # Panics
+    /// See [`new`](NetJoin::new).
+    #[must_use]
+    pub fn with(
+        link: Arc<dyn Link>,
+        options: NetOptions,
+        machine: impl FnOnce(Box<dyn Device>) -> Machine,
+    ) -> Self {
         let device = Net::new(link, options).expect("net options");
         Self {
             counters: device.counters(),
             control: device.control_counters(),
-            machine: Machine::new(kind, Box::new(device), executor, bytes),
+            machine: machine(Box::new(device)),
         }
     }
 

@@ -8,25 +8,36 @@ use pvkit_guest::virtio::net::{Command, Net, NetOptions, PairOf};
 use pvkit_host::link::switch::{Endpoint, Switch, SwitchOptions};
 use pvkit_host::link::{Delivered, FrameSink};
 use pvkit_host::virtio::net::NetOptions as DeviceOptions;
-use pvkit_join::Kind;
-use pvkit_join::any::AnyTransport;
-use pvkit_join::arena::ArenaSpace;
+use pvkit_join::any::{AnySpace, AnyTransport};
 use pvkit_join::net::NetJoin;
 use pvkit_join::packets::{Packet, payload};
 use pvkit_join::pci::AnyWire;
-use pvkit_join::stepped::Steps;
+use pvkit_join::stepped::{Steps, stepped};
+use pvkit_join::{IOVA, Kind, Machine};
 use pvkit_protocol::frame::MacAddress;
 use pvkit_protocol::virtio::net::NetFeatures;
 
 type Transport = AnyTransport<AnyWire>;
-type Pair = PairOf<Vec<u8>, ArenaSpace, Transport>;
+type Pair = PairOf<Vec<u8>, AnySpace, Transport>;
 
 const HOST: MacAddress = MacAddress::local(9);
 const SEGMENT: u16 = 1400;
 
+/// What the device can reach of the guest's memory.
+#[derive(Debug, Clone, Copy)]
+enum Platform {
+    /// All of it, as it is.
+    Direct,
+    /// All of it, through an IOMMU, at other addresses.
+    Iommu,
+    /// Through an IOMMU, the piece that bounce buffers lie in.
+    Bounce,
+}
+
 /// What is agreed on.
 #[derive(Debug, Clone, Copy)]
 struct Combination {
+    platform: Platform,
     kind: Kind,
     packed: bool,
     mergeable: bool,
@@ -45,6 +56,7 @@ fn combinations() -> impl Iterator<Item = Combination> {
                 offloads.set(Offloads::TSO6, has(3));
                 offloads.set(Offloads::USO4 | Offloads::USO6, has(4));
                 Combination {
+                    platform: Platform::Direct,
                     kind,
                     packed,
                     mergeable: has(0),
@@ -70,7 +82,7 @@ struct Joined {
     join: NetJoin,
     steps: Steps,
     host: Endpoint,
-    net: Net<Transport, ArenaSpace>,
+    net: Net<Transport, AnySpace>,
     pairs: Vec<Pair>,
     mac: MacAddress,
 }
@@ -100,7 +112,23 @@ fn join(of: Combination) -> Joined {
     };
     let mac = options.mac;
     let port = switch.port().unwrap();
-    let (join, steps) = NetJoin::stepped(of.kind, port, options, 16 << 20);
+    let (executor, steps) = stepped();
+    let join = NetJoin::with(port, options, |device| {
+        let executor = Box::new(executor);
+        match of.platform {
+            Platform::Direct => Machine::new(of.kind, device, executor, 16 << 20),
+            _ => Machine::translated(of.kind, device, executor, 16 << 20),
+        }
+    });
+    let space = match (of.platform, &join.iommu) {
+        (Platform::Bounce, Some(iommu)) => {
+            let (space, window) = join.arena.bounce(8 << 20, IOVA + (1 << 40));
+            iommu.unmap(0, u64::MAX).unwrap();
+            iommu.map(window).unwrap();
+            AnySpace::Bounce(space)
+        }
+        _ => AnySpace::Arena(join.space()),
+    };
     // Without merging, a buffer has to hold the longest frame there can be.
     let buffer_bytes = if of.mergeable { 2048 } else { 65_600 };
     let options = NetOptions {
@@ -110,7 +138,7 @@ fn join(of: Combination) -> Joined {
         ..NetOptions::default()
     };
     let make = &mut || Some(vec![0; buffer_bytes]);
-    let (net, pairs) = Net::open_pairs(join.transport(), join.space(), options, make).unwrap();
+    let (net, pairs) = Net::open_pairs(join.transport(), space, options, make).unwrap();
     let mut joined = Joined {
         join,
         steps,
@@ -227,7 +255,12 @@ fn packets() -> [(Packet, Offloads); 4] {
 #[test]
 fn whatever_was_agreed_on_every_byte_arrives() {
     let mut count = 0;
-    for of in combinations() {
+    let all = Offloads::all() - Offloads::TSO_ECN;
+    let translated = combinations().filter(|of| of.offloads == all);
+    let translated = translated.flat_map(|of| {
+        [Platform::Iommu, Platform::Bounce].map(|platform| Combination { platform, ..of })
+    });
+    for of in combinations().chain(translated) {
         let mut joined = join(of);
         let agreed = effective(of.offloads);
         let mac = joined.mac;
@@ -275,7 +308,7 @@ fn whatever_was_agreed_on_every_byte_arrives() {
         count += 1;
     }
     println!("{count} combinations");
-    assert_eq!(count, 256);
+    assert_eq!(count, 256 + 2 * 16);
 }
 
 fn receive(of: Combination, joined: &mut Joined, agreed: Offloads) {

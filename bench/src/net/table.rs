@@ -3,6 +3,18 @@
 use super::result::{NetPair, NetResult};
 use crate::output::table::{figure, optional, table};
 
+/// What the cards are plugged into.
+#[must_use]
+pub fn wires(results: &[NetResult]) -> &'static str {
+    if results.iter().any(|row| row.wire == "tap") {
+        "Each network card is plugged into a tap of the host's kernel, in a namespace of its own,\n\
+         unless it says otherwise. Frames are counted by whoever receives them."
+    } else {
+        "Network cards are plugged into a link inside the process, which answers in the device's\n\
+         thread: what a real wire costs is not in these figures."
+    }
+}
+
 /// All rows.
 #[must_use]
 pub fn results(results: &[NetResult]) -> String {

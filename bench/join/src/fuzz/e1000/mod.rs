@@ -439,7 +439,11 @@ impl World {
         let made = self.to_host.make(&Self::as_on_wires(frame));
         let bytes = made.bytes.len();
         buffer.bytes_mut()[HEADROOM..HEADROOM + bytes].copy_from_slice(&made.bytes);
-        let (start, guards) = (buffer.start(), buffer.guards());
+        let start = buffer.start();
+        let guards = match buffer.is_outside() {
+            true => 0,
+            false => buffer.guards() + BUFFER_BYTES - bytes,
+        };
         let Some(driver) = &mut self.driver else {
             return;
         };
