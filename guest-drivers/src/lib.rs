@@ -23,6 +23,7 @@
 //!   by message.
 //! - [`emulated`]: drivers of the chips that hypervisors imitate, for
 //!   comparison and for hosts that offer nothing better.
+//! - [`quiesce`]: the proof that a device has let go of memory.
 //! - [`fault`]: what a driver reports when the device breaks the rules.
 //!
 //! ## A disk in twenty lines
@@ -136,6 +137,8 @@ pub mod fault;
 pub mod interrupt;
 pub mod net;
 pub mod pci;
+#[allow(unsafe_code)]
+pub mod quiesce;
 #[allow(unsafe_code)]
 pub mod register;
 pub mod storage;

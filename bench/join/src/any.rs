@@ -5,10 +5,11 @@ use crate::arena::ArenaSpace;
 use pvkit_guest::bounce::BounceSpace;
 use pvkit_guest::dma::{Direction, DmaError, DmaRegion, DmaSpace, Segment, Segments, StillShared};
 use pvkit_guest::doorbell::{Doorbell, Position};
+use pvkit_guest::quiesce::{QueueIdentity, Quiesced};
 use pvkit_guest::register::Registers;
 use pvkit_guest::virtio::transport::{
-    Events, MmioDoorbell, MmioTransport, PciDoorbell, PciTransport, QueueAddresses, QueueIdentity,
-    Quiesced, ResetTimeout, Transport, VectorError,
+    Events, MmioDoorbell, MmioTransport, PciDoorbell, PciTransport, QueueAddresses, ResetTimeout,
+    Transport, VectorError,
 };
 use pvkit_protocol::virtio::{DeviceStatus, Features};
 use std::alloc::Layout;

@@ -3,7 +3,8 @@
 
 use super::net::ControlError;
 use super::queue::QueueError;
-use super::transport::{Quiesced, ResetTimeout, Transport, VectorError};
+use super::transport::{ResetTimeout, Transport, VectorError};
+use crate::quiesce::Quiesced;
 use pvkit_protocol::virtio::{DeviceStatus, Features};
 use thiserror::Error;
 

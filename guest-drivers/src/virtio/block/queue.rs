@@ -6,8 +6,8 @@ use crate::block::{BlockError, BlockLimits, BlockOp, BlockQueue, Done, Reason, R
 use crate::dma::{DmaBuf, DmaBufMut, DmaSpace};
 use crate::doorbell::Doorbell;
 use crate::fault::Fault;
+use crate::quiesce::Quiesced;
 use crate::virtio::queue::{Completed, Payload, PostError, Queue, QueueCounters};
-use crate::virtio::transport::Quiesced;
 use pvkit_protocol::virtio::block::{RangeFlags, RangeSegment, RequestHeader, RequestType, status};
 use zerocopy::little_endian::U64;
 

@@ -7,10 +7,11 @@ use super::stock::Stock;
 use super::{Net, NetOptions, PairOf, RxOf, Sent, TxCounters, TxOf};
 use crate::dma::{DmaBuf, DmaSpace};
 use crate::net::{NetBuf, NetLimits, NetRx};
+use crate::quiesce::Quiesced;
 use crate::storage::Storage;
 use crate::virtio::init::{self, InitError};
 use crate::virtio::queue::{Extra, Queue, QueueError, QueueShape, QueueStorage, choose_size};
-use crate::virtio::transport::{Quiesced, ResetTimeout, Transport};
+use crate::virtio::transport::{ResetTimeout, Transport};
 #[cfg(feature = "alloc")]
 use alloc::vec::Vec;
 use pvkit_protocol::frame::max_frame_bytes;

@@ -8,8 +8,8 @@ use crate::lent::Window;
 use crate::net::{
     BadFrame, Checksum, FrameMeta, HEADROOM, NetBuf, NetTx, Offloads, Reason, Refused,
 };
+use crate::quiesce::Quiesced;
 use crate::virtio::queue::{Extra, PostError, Queue, QueueCounters};
-use crate::virtio::transport::Quiesced;
 use pvkit_protocol::frame::ETHERNET_HEADER_BYTES;
 use pvkit_protocol::virtio::net::{HEADER_BYTES, NetHeader};
 use zerocopy::IntoBytes;

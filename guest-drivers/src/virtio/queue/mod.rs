@@ -20,8 +20,9 @@ use crate::dma::{Direction, DmaBuf, DmaBufMut, DmaError, DmaRegion, DmaSpace, Se
 use crate::doorbell::{Doorbell, Position};
 use crate::fault::Fault;
 use crate::lent::{Lent, Window};
+use crate::quiesce::{QueueIdentity, Quiesced};
 use crate::storage::Storage;
-use crate::virtio::transport::{QueueIdentity, Quiesced, Transport};
+use crate::virtio::transport::Transport;
 use core::alloc::Layout;
 use core::fmt;
 use core::mem::ManuallyDrop;

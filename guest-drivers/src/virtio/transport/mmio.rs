@@ -2,10 +2,10 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Events, Field, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport,
-    read_field, wait_zero, write_field,
+    Events, Field, QueueAddresses, ResetTimeout, Transport, read_field, wait_zero, write_field,
 };
 use crate::doorbell::{Doorbell, Position};
+use crate::quiesce::{Lives, QueueIdentity, Quiesced};
 use crate::register::Registers;
 use pvkit_protocol::virtio::mmio::{self, InterruptStatus};
 use pvkit_protocol::virtio::{DeviceStatus, Features, device_id};

@@ -6,11 +6,12 @@ mod find;
 pub use find::PciTransportError;
 
 use super::{
-    Events, Field, Lives, QueueAddresses, QueueIdentity, Quiesced, ResetTimeout, Transport,
-    VectorError, read_field, wait_zero, write_field,
+    Events, Field, QueueAddresses, ResetTimeout, Transport, VectorError, read_field, wait_zero,
+    write_field,
 };
 use crate::doorbell::{Doorbell, Position};
 use crate::pci::Msix;
+use crate::quiesce::{Lives, QueueIdentity, Quiesced};
 use crate::register::Registers;
 use find::Structure;
 use pvkit_protocol::pci::msix;

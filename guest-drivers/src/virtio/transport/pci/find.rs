@@ -2,9 +2,9 @@
 //! capabilities say is trusted.
 #![forbid(unsafe_code)]
 
-use super::super::Lives;
 use super::{PciTransport, RESET_READS};
 use crate::pci::{ConfigAccess, Function, MemoryBar, MemoryPool, PciConfig, PciError};
+use crate::quiesce::Lives;
 use crate::register::Registers;
 use pvkit_protocol::pci::{Command, capability, header};
 use pvkit_protocol::virtio::pci::{self as wire, Capability, NotifyCapability, cfg_type, common};
