@@ -4,6 +4,7 @@
 //! reset: that ends a life, and only then may the memory of that life be used
 //! for something else. A [`Quiesced`] is the proof; only those make one who can
 //! know, in an `unsafe` call that says so.
+
 use core::sync::atomic::{AtomicU32, Ordering};
 
 /// The life of a device between two resets. A queue belongs to the life in
