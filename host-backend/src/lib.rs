@@ -19,7 +19,8 @@
 //! - [`virtio`]: the device half of both rings, the block device, the network
 //!   device, and the virtio-mmio and virtio-pci transports.
 //! - [`emulated`], [`pci`] and [`bus`]: a small PCI host bridge, with MSI-X for
-//!   functions that want it; an IDE controller behind it, and a serial port.
+//!   functions that want it; an IDE controller and network cards (82540EM)
+//!   behind it, and a serial port.
 //! - [`vmm`] runs a virtual machine on KVM.
 //!
 //! A monitor of your own needs only [`virtio`], [`disk`] and [`memory`]: no

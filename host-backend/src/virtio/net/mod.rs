@@ -1,9 +1,35 @@
 //! The virtio network device (virtio 1.3 §5.1).
 //!
-//! Each pair of queues is a lane, which shares one lane of the
-//! [`Link`]; the control queue is a lane of its own. Which
-//! queue that is depends on the driver: it lies behind all pairs if the driver
-//! knows of several, and behind the first if not (§5.1.2).
+//! Each pair of queues is a lane, which shares one lane of the [`Link`]; the
+//! control queue is a lane of its own. Which queue that is depends on the
+//! driver: it lies behind all pairs if the driver knows of several, and behind
+//! the first if not (§5.1.2).
+//!
+//! Two guests and the host on one switch:
+//!
+//! ```no_run
+//! use pvkit_host::link::switch::{Switch, SwitchOptions};
+//! use pvkit_host::virtio::net::{Net, NetOptions};
+//! use pvkit_protocol::frame::MacAddress;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let switch = Switch::new(SwitchOptions::default());
+//! let mut devices = Vec::new();
+//! for number in 1..=2 {
+//!     let options = NetOptions {
+//!         mac: MacAddress::local(number),
+//!         ..NetOptions::default()
+//!     };
+//!     // It goes behind a transport of that guest, as a block device does.
+//!     devices.push(Net::new(switch.port()?, options)?);
+//! }
+//! let mut host = switch.endpoint()?;
+//! let hello = [&[0xff; 6][..], &[2, 0, 0, 0, 0, 9], &[0x88, 0xb5], b"hello"].concat();
+//! host.send(&hello, &Default::default())?;
+//! host.flush();
+//! # Ok(())
+//! # }
+//! ```
 #![forbid(unsafe_code)]
 
 mod config;
