@@ -201,7 +201,11 @@ impl Transmit {
                 let segments = new.command().contains(TuCommand::TSE);
                 let [plain, cut] = &mut self.contexts;
                 *if segments { cut } else { plain } = new;
-                if !self.frame.is_started() {
+                if self.frame.is_started() {
+                    // No driver does that; it must not keep reports for ever.
+                    self.frame.count();
+                }
+                if !self.frame.is_started() || self.frame.is_lost() {
                     self.done_with_all();
                 }
                 return false;

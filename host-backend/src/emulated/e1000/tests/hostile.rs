@@ -138,6 +138,28 @@ fn a_frame_of_too_many_pieces_or_bytes() {
 }
 
 #[test]
+fn contexts_without_end_within_a_frame() {
+    let mut bench = Bench::new();
+    bench.put_data(&[1; 64], TxCommand::RS, PacketOptions::empty());
+    for _ in 0..300 {
+        for _ in 0..8 {
+            bench.put(ContextDescriptor {
+                command: ContextDescriptor::command_word(0, TuCommand::RS),
+                ..ContextDescriptor::default()
+            });
+        }
+        bench.ring_bell();
+    }
+    // They are given back: nothing is kept of them for as long as they come.
+    assert_eq!(bench.read(reg::TDH), bench.tx_tail);
+    bench.put_data(&[1; 64], END, PacketOptions::empty());
+    bench.ring_bell();
+    assert_eq!(bench.counters.bad_frames.get(), 1);
+    assert_eq!(bench.sent().len(), 0);
+    still_works(&mut bench);
+}
+
+#[test]
 fn buffers_outside_of_memory() {
     let mut bench = Bench::new();
     for address in [RAM - 10, RAM, u64::MAX, u64::MAX - 100, RAM - 300] {
