@@ -33,6 +33,8 @@ const MAX_LONG_BYTES: usize = 16_384;
 const WRITE_BACKS: usize = 256;
 /// Where the address of the sender ends, and a VLAN tag may stand.
 const ADDRESSES: usize = 12;
+/// Where that tag ends.
+const TAG_END: usize = ADDRESSES + VLAN_TAG_BYTES;
 
 /// What receiving needs of the device.
 #[derive(Debug, Clone, Copy)]
@@ -299,13 +301,18 @@ impl FrameSink for Sink<'_> {
             counters.filtered.add(1);
             return Delivered::Taken;
         }
-        let Some(verdict) = judge(frame, meta, settings.rx_checksum) else {
+        let stripped = tag.filter(|_| settings.vlan_mode);
+        let verdict = judge(frame, meta, settings.rx_checksum).filter(|verdict| {
+            // A field in the tag is not stored.
+            let behind = verdict.completed.is_none_or(|(place, _)| place >= TAG_END);
+            stripped.is_none() || behind
+        });
+        let Some(verdict) = verdict else {
             // Work that was not agreed on, or that cannot be.
             self.receive.errors += 1;
             counters.receive_errors.add(1);
             return Delivered::Taken;
         };
-        let stripped = tag.filter(|_| settings.vlan_mode);
         let mut last = RxDescriptor {
             status: (status | verdict.status).bits(),
             errors: verdict.errors.bits(),
@@ -451,7 +458,7 @@ impl Sink<'_> {
 
 /// The VLAN tag of a frame that has one.
 fn vlan_tag(frame: &[u8], kind: u16) -> Option<u16> {
-    match frame.get(ADDRESSES..ADDRESSES + VLAN_TAG_BYTES)? {
+    match frame.get(ADDRESSES..TAG_END)? {
         [a, b, c, d] if u16::from_be_bytes([*a, *b]) == kind => Some(u16::from_be_bytes([*c, *d])),
         _ => None,
     }
@@ -466,7 +473,8 @@ fn pieces<'a>(frame: &'a [u8], strip: bool, verdict: &'a Verdict, rctl: Rctl) ->
     let rest = rest.get(skip..).unwrap_or(&[]);
     let begin = first.len() + skip;
     let (before, field, after) = match &verdict.completed {
-        // It lies behind the Ethernet header: `judge` has seen to that.
+        // It lies behind the Ethernet header, and behind a tag that is
+        // stripped: `deliver` has seen to that.
         Some((place, sum)) => {
             let at = place.saturating_sub(begin).min(rest.len());
             let (before, behind) = rest.split_at(at);
