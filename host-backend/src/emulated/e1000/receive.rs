@@ -56,6 +56,8 @@ pub(super) struct Receive {
     ring: Ring<RxDescriptor>,
     /// Descriptors that are filled, and not written back.
     filled: Vec<(u32, RxDescriptor)>,
+    /// Some were written back, and the driver was not told.
+    untold: bool,
     /// The tail at which a frame found too few descriptors.
     starved: Option<u32>,
     tally: Tally,
@@ -78,6 +80,7 @@ impl Receive {
         Self {
             ring: Ring::new(),
             filled: Vec::with_capacity(WRITE_BACKS),
+            untold: false,
             starved: None,
             tally: Tally::default(),
             too_long: 0,
@@ -91,6 +94,7 @@ impl Receive {
     pub(super) fn restart(&mut self, place: Place, head: u32) {
         self.ring.restart(place, head);
         self.filled.clear();
+        self.untold = false;
         self.starved = None;
     }
 
@@ -175,17 +179,18 @@ impl Receive {
                 };
             }
         }
+        self.untold |= !self.filled.is_empty();
         self.filled.clear();
     }
 
     /// Tells the driver what has come.
     fn publish(&mut self, context: &RxContext<'_>, before: u32) {
         let overruns = std::mem::take(&mut self.overruns);
-        let news = !self.filled.is_empty();
         let cursor = self.ring.cursor();
-        if news {
+        if !self.filled.is_empty() {
             self.write_back(context);
         }
+        let news = std::mem::take(&mut self.untold);
         if cursor != before {
             context.head.store(cursor, Ordering::Release);
         }
