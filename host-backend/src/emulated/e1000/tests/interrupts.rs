@@ -228,6 +228,25 @@ fn is_woken(bench: &Bench) -> bool {
     ready
 }
 
+/// Somebody found the worker asleep, and by the time its descriptor is written
+/// the worker has run for another reason and sleeps again.
+#[test]
+fn a_wake_up_that_comes_late_wakes_once() {
+    let mut bench = Bench::new();
+    bench.settle();
+    let Bench { card, worker, .. } = &mut bench;
+    card.wake_late(|| {
+        assert_eq!(worker.poll(8), Progress::Drained);
+        assert!(!worker.arm());
+    });
+    assert!(is_woken(&bench));
+    for _ in 0..2 {
+        assert_eq!(bench.worker.poll(8), Progress::Drained);
+        assert!(!bench.worker.arm());
+        assert!(!is_woken(&bench));
+    }
+}
+
 #[test]
 fn the_worker_is_woken_for_what_it_waits_for() {
     let mut bench = Bench::new();
