@@ -123,11 +123,11 @@ impl Receive {
         budget: u32,
     ) -> bool {
         let settings = context.settings;
-        if !settings.receives() {
-            return false;
-        }
         let tail = context.tail.load(Ordering::Acquire);
-        if self.starved == Some(tail) {
+        if !settings.receives() || self.starved == Some(tail) {
+            // Also a lane from which nothing is taken looks after what it has
+            // to write, and whether its link is up.
+            lane.receive(&mut Nowhere, 0);
             return false;
         }
         self.starved = None;
@@ -249,6 +249,15 @@ impl<'a> Pieces<'a> {
         }
         self.bytes = 0;
         &[]
+    }
+}
+
+/// Takes nothing.
+struct Nowhere;
+
+impl FrameSink for Nowhere {
+    fn deliver(&mut self, _frame: &[u8], _meta: &FrameMeta) -> Delivered {
+        Delivered::Full
     }
 }
 
