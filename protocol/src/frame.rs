@@ -36,6 +36,8 @@ pub mod ethertype {
     pub const ARP: u16 = 0x0806;
     /// A VLAN tag (IEEE 802.1Q).
     pub const VLAN: u16 = 0x8100;
+    /// A VLAN tag of a provider, outside of others (IEEE 802.1Q §9.5).
+    pub const SERVICE_VLAN: u16 = 0x88a8;
     /// Internet Protocol, version 6.
     pub const IPV6: u16 = 0x86dd;
     /// The first of two values for local experiments (IEEE 802 §9.2.4).

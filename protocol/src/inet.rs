@@ -148,7 +148,7 @@ impl Headers {
         let mut network = ETHERNET_HEADER_BYTES;
         let mut kind = word(frame, network - 2)?;
         for _ in 0..TAGS {
-            if kind != ethertype::VLAN {
+            if !matches!(kind, ethertype::VLAN | ethertype::SERVICE_VLAN) {
                 break;
             }
             network += VLAN_TAG_BYTES;
@@ -364,6 +364,20 @@ mod tests {
         // An extension that leads out of the frame.
         frame[59] = 0xff;
         assert_eq!(Headers::parse(&frame).unwrap().payload, None);
+    }
+
+    #[test]
+    fn tags_of_providers_are_looked_behind() {
+        let mut frame = [0u8; 14 + 4 + 4 + UDP4.len() - 14];
+        frame[..12].copy_from_slice(&UDP4[..12]);
+        frame[12..20].copy_from_slice(&[0x88, 0xa8, 0, 7, 0x81, 0, 0, 5]);
+        frame[20..].copy_from_slice(&UDP4[12..]);
+        let headers = Headers::parse(&frame).unwrap();
+        assert_eq!((headers.network, headers.payload), (22, Some(54)));
+        // Linux segments behind one tag of either kind.
+        frame.copy_within(16.., 12);
+        frame[12..14].copy_from_slice(&[0x88, 0xa8]);
+        assert_eq!(Headers::parse(&frame).unwrap().network, 18);
     }
 
     #[test]

@@ -193,7 +193,9 @@ pub trait LinkLane: Send + fmt::Debug {
     fn flush(&mut self);
 
     /// Offers frames that have come in to `sink`, at most `budget`, until there
-    /// are none or it is full; returns how many it took.
+    /// are none or it is full; returns how many it took. It also looks after
+    /// all else that the lane has to do, even with a budget of 0: whoever takes
+    /// no frames now still calls it when a source or the deadline says so.
     fn receive(&mut self, sink: &mut dyn FrameSink, budget: u32) -> u32;
 
     /// The last look before waiting for [`sources`](LinkLane::sources): `true`

@@ -41,6 +41,30 @@ fn segmented() -> NetHeader {
     }
 }
 
+/// How many frames one poll sends of three.
+fn sent_by_a_poll(gso_size: u16) -> usize {
+    let mut scene = Scene::new(Features::empty(), NetFeatures::empty());
+    let header = NetHeader {
+        gso_size: U16::new(gso_size),
+        ..segmented()
+    };
+    for _ in 0..3 {
+        scene.transmit(&header, &tcp4(8000));
+    }
+    scene.steps.poll(64);
+    let first = scene.link.sent(0).len();
+    assert_eq!(scene.serve(), []);
+    assert_eq!(first + scene.link.sent(0).len(), 3);
+    assert_eq!(scene.tx.used(), [0; 3]);
+    first
+}
+
+#[test]
+fn frames_of_thousands_of_segments_are_sent_one_by_one() {
+    assert_eq!(sent_by_a_poll(1448), 3);
+    assert_eq!(sent_by_a_poll(1), 1);
+}
+
 fn partial(start: u16, offset: u16) -> NetHeader {
     NetHeader {
         flags: NetHeaderFlags::NEEDS_CSUM.bits(),

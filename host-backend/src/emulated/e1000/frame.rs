@@ -155,6 +155,11 @@ impl Frame {
             self.options = options;
             self.segmented = segmented;
         }
+        self.count();
+    }
+
+    /// One more descriptor stands among its own.
+    pub(super) fn count(&mut self) {
         self.descriptors = self.descriptors.saturating_add(1);
         if self.descriptors > MAX_DESCRIPTORS {
             self.fail(FrameFault::Pieces);

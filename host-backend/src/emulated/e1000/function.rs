@@ -119,6 +119,12 @@ impl E1000 {
         self.shared.counters.clone()
     }
 
+    /// [`Shared::wake_late`].
+    #[cfg(test)]
+    pub(super) fn wake_late(&self, meanwhile: impl FnOnce()) {
+        self.shared.wake_late(meanwhile);
+    }
+
     /// The register at `offset`, if it begins there.
     fn register(offset: u64) -> Option<u32> {
         let offset = u32::try_from(offset).ok()?;

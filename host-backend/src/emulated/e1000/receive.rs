@@ -33,6 +33,8 @@ const MAX_LONG_BYTES: usize = 16_384;
 const WRITE_BACKS: usize = 256;
 /// Where the address of the sender ends, and a VLAN tag may stand.
 const ADDRESSES: usize = 12;
+/// Where that tag ends.
+const TAG_END: usize = ADDRESSES + VLAN_TAG_BYTES;
 
 /// What receiving needs of the device.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +56,8 @@ pub(super) struct Receive {
     ring: Ring<RxDescriptor>,
     /// Descriptors that are filled, and not written back.
     filled: Vec<(u32, RxDescriptor)>,
+    /// Some were written back, and the driver was not told.
+    untold: bool,
     /// The tail at which a frame found too few descriptors.
     starved: Option<u32>,
     tally: Tally,
@@ -76,6 +80,7 @@ impl Receive {
         Self {
             ring: Ring::new(),
             filled: Vec::with_capacity(WRITE_BACKS),
+            untold: false,
             starved: None,
             tally: Tally::default(),
             too_long: 0,
@@ -89,6 +94,7 @@ impl Receive {
     pub(super) fn restart(&mut self, place: Place, head: u32) {
         self.ring.restart(place, head);
         self.filled.clear();
+        self.untold = false;
         self.starved = None;
     }
 
@@ -117,11 +123,11 @@ impl Receive {
         budget: u32,
     ) -> bool {
         let settings = context.settings;
-        if !settings.receives() {
-            return false;
-        }
         let tail = context.tail.load(Ordering::Acquire);
-        if self.starved == Some(tail) {
+        if !settings.receives() || self.starved == Some(tail) {
+            // Also a lane from which nothing is taken looks after what it has
+            // to write, and whether its link is up.
+            lane.receive(&mut Nowhere, 0);
             return false;
         }
         self.starved = None;
@@ -173,17 +179,18 @@ impl Receive {
                 };
             }
         }
+        self.untold |= !self.filled.is_empty();
         self.filled.clear();
     }
 
     /// Tells the driver what has come.
     fn publish(&mut self, context: &RxContext<'_>, before: u32) {
         let overruns = std::mem::take(&mut self.overruns);
-        let news = !self.filled.is_empty();
         let cursor = self.ring.cursor();
-        if news {
+        if !self.filled.is_empty() {
             self.write_back(context);
         }
+        let news = std::mem::take(&mut self.untold);
         if cursor != before {
             context.head.store(cursor, Ordering::Release);
         }
@@ -245,6 +252,15 @@ impl<'a> Pieces<'a> {
     }
 }
 
+/// Takes nothing.
+struct Nowhere;
+
+impl FrameSink for Nowhere {
+    fn deliver(&mut self, _frame: &[u8], _meta: &FrameMeta) -> Delivered {
+        Delivered::Full
+    }
+}
+
 /// Where a lane's frames go.
 struct Sink<'a> {
     receive: &'a mut Receive,
@@ -299,13 +315,18 @@ impl FrameSink for Sink<'_> {
             counters.filtered.add(1);
             return Delivered::Taken;
         }
-        let Some(verdict) = judge(frame, meta, settings.rx_checksum) else {
+        let stripped = tag.filter(|_| settings.vlan_mode);
+        let verdict = judge(frame, meta, settings.rx_checksum).filter(|verdict| {
+            // A field in the tag is not stored.
+            let behind = verdict.completed.is_none_or(|(place, _)| place >= TAG_END);
+            stripped.is_none() || behind
+        });
+        let Some(verdict) = verdict else {
             // Work that was not agreed on, or that cannot be.
             self.receive.errors += 1;
             counters.receive_errors.add(1);
             return Delivered::Taken;
         };
-        let stripped = tag.filter(|_| settings.vlan_mode);
         let mut last = RxDescriptor {
             status: (status | verdict.status).bits(),
             errors: verdict.errors.bits(),
@@ -451,7 +472,7 @@ impl Sink<'_> {
 
 /// The VLAN tag of a frame that has one.
 fn vlan_tag(frame: &[u8], kind: u16) -> Option<u16> {
-    match frame.get(ADDRESSES..ADDRESSES + VLAN_TAG_BYTES)? {
+    match frame.get(ADDRESSES..TAG_END)? {
         [a, b, c, d] if u16::from_be_bytes([*a, *b]) == kind => Some(u16::from_be_bytes([*c, *d])),
         _ => None,
     }
@@ -466,7 +487,8 @@ fn pieces<'a>(frame: &'a [u8], strip: bool, verdict: &'a Verdict, rctl: Rctl) ->
     let rest = rest.get(skip..).unwrap_or(&[]);
     let begin = first.len() + skip;
     let (before, field, after) = match &verdict.completed {
-        // It lies behind the Ethernet header: `judge` has seen to that.
+        // It lies behind the Ethernet header, and behind a tag that is
+        // stripped: `deliver` has seen to that.
         Some((place, sum)) => {
             let at = place.saturating_sub(begin).min(rest.len());
             let (before, behind) = rest.split_at(at);

@@ -59,6 +59,8 @@ pub(super) struct Shared {
     /// What the worker waits for, while it does.
     armed: AtomicU32,
     pub(super) kick: EventFd,
+    /// It was notified since it was last taken.
+    rung: AtomicBool,
     /// The link has something to tell.
     pub(super) link_changed: AtomicBool,
     pub(super) link_up: AtomicBool,
@@ -97,6 +99,7 @@ impl Shared {
             claims: AtomicU32::new(0),
             armed: AtomicU32::new(0),
             kick,
+            rung: AtomicBool::new(false),
             link_changed: AtomicBool::new(false),
             link_up: AtomicBool::new(up),
             link_lost: AtomicBool::new(false),
@@ -151,9 +154,24 @@ impl Shared {
         if self.armed.load(Ordering::Relaxed) & reasons != 0
             && self.armed.swap(0, Ordering::AcqRel) != 0
         {
-            self.counters.kicks.add(1);
-            self.kick.notify();
+            self.ring();
         }
+    }
+
+    fn ring(&self) {
+        self.counters.kicks.add(1);
+        self.kick.notify();
+        // In this order: who sees it finds the counter readable.
+        self.rung.store(true, Ordering::Release);
+    }
+
+    /// As [`wake`](Self::wake), if something happens after the worker was found
+    /// asleep and before it is woken.
+    #[cfg(test)]
+    pub(super) fn wake_late(&self, meanwhile: impl FnOnce()) {
+        assert_ne!(self.armed.swap(0, Ordering::AcqRel), 0);
+        meanwhile();
+        self.ring();
     }
 
     /// The worker is about to wait for `reasons`; it looks once more after
@@ -170,9 +188,10 @@ impl Shared {
 
     /// The worker is awake.
     pub(super) fn disarm(&self) {
-        if self.armed.swap(0, Ordering::AcqRel) == 0 {
-            // Somebody has woken it, or is about to: then it wakes once more
-            // for nothing.
+        self.armed.store(0, Ordering::Release);
+        // Who found it asleep may ring only later, even when it is armed again:
+        // then it wakes once more for nothing, and takes that.
+        if self.rung.swap(false, Ordering::AcqRel) {
             self.kick.take();
         }
     }

@@ -23,6 +23,9 @@ use std::sync::{Arc, Mutex};
 /// Descriptors that may be done for each frame of a budget: a ring of empty
 /// ones ends a poll too.
 const DESCRIPTORS_PER_FRAME: u32 = 4;
+/// So many segments count as a frame of the budget: one poll must not cut a whole
+/// budget of frames into 65,000 each, while nothing comes in.
+const SEGMENTS_PER_FRAME: usize = 64;
 /// Reports that are kept before they are written back.
 const REPORTS: usize = 256;
 
@@ -175,6 +178,12 @@ impl Transmit {
             if self.take(context, index, &descriptor) {
                 budget.frames -= 1;
                 if let Some(meta) = self.complete(context, &descriptor) {
+                    let segments = meta.segments.map_or(0, |segments| {
+                        self.frame.bytes() / usize::from(segments.size.max(1))
+                    });
+                    budget.frames = budget
+                        .frames
+                        .saturating_sub((segments / SEGMENTS_PER_FRAME) as u32);
                     self.send(context, lane, meta);
                 }
                 if context.claims.load(Ordering::Relaxed) != 0 {
@@ -201,7 +210,11 @@ impl Transmit {
                 let segments = new.command().contains(TuCommand::TSE);
                 let [plain, cut] = &mut self.contexts;
                 *if segments { cut } else { plain } = new;
-                if !self.frame.is_started() {
+                if self.frame.is_started() {
+                    // No driver does that; it must not keep reports for ever.
+                    self.frame.count();
+                }
+                if !self.frame.is_started() || self.frame.is_lost() {
                     self.done_with_all();
                 }
                 return false;

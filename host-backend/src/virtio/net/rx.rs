@@ -117,9 +117,11 @@ impl Receive {
     /// Picks up a new map of guest memory. Chains that are held are fetched
     /// again: memory that was taken away is not ours.
     pub(super) fn refresh(&mut self) -> Result<(), Fault> {
-        if self.queue.is_stale() {
-            self.put_back();
+        // Asked once: a map that is replaced after this is the next call's.
+        if !self.queue.is_stale() {
+            return Ok(());
         }
+        self.put_back();
         self.queue.refresh()
     }
 

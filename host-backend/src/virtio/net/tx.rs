@@ -29,6 +29,11 @@ const MAX_PIECES: usize = 1000;
 /// back, so that it fills them while the rest is sent.
 const SHOW_EVERY: u32 = 32;
 
+/// So many segments may cost a link as much as a frame: of a budget, they count
+/// as one. Known drivers leave fewer to a frame; one that leaves 65,000 must not
+/// hold up a reset, or what comes in, with a whole budget of those.
+const SEGMENTS: u64 = 64;
+
 /// What is looked at of a frame: virtio's header and the frame's head.
 const FRONT_BYTES: usize = HEADER_BYTES + HEAD_BYTES;
 
@@ -61,6 +66,8 @@ struct Fetched {
     /// Whether more follows.
     long: bool,
     meta: FrameMeta,
+    /// What it takes of a budget.
+    cost: u32,
 }
 
 /// Why a frame is dropped: which counter counts it.
@@ -118,9 +125,11 @@ impl Transmit {
     /// Picks up a new map of guest memory. A frame that waits is fetched again:
     /// memory that was taken away is not ours.
     pub(super) fn refresh(&mut self) -> Result<(), Fault> {
-        if self.queue.is_stale() {
-            self.put_back();
+        // Asked once: a map that is replaced after this is the next call's.
+        if !self.queue.is_stale() {
+            return Ok(());
         }
+        self.put_back();
         self.queue.refresh()
     }
 
@@ -138,23 +147,26 @@ impl Transmit {
         counters: &NetCounters,
         budget: u32,
     ) -> Result<bool, Fault> {
-        let mut count = 0;
+        let (mut count, mut cost) = (0u32, 0u32);
         if let Some(frame) = self.stalled.take() {
             if !self.send(lane, counters, frame) {
                 return Ok(false);
             }
             count += 1;
+            cost = frame.cost;
         }
-        while count < budget && self.queue.pop(&mut self.chain)? {
+        while cost < budget && self.queue.pop(&mut self.chain)? {
             match self.fetch()? {
                 Ok(frame) => {
                     if !self.send(lane, counters, frame) {
                         break;
                     }
+                    cost = cost.saturating_add(frame.cost);
                 }
                 Err(counter) => {
                     counter(counters).add(1);
                     self.queue.push(self.chain.tag(), 0);
+                    cost = cost.saturating_add(1);
                 }
             }
             count += 1;
@@ -215,7 +227,15 @@ impl Transmit {
                 return Ok(Err(|counters| &counters.tx_buffers));
             }
         }
-        Ok(Ok(Fetched { head, long, meta }))
+        let segments = meta
+            .segments
+            .map_or(0, |segments| bytes as u64 / u64::from(segments.size.max(1)));
+        Ok(Ok(Fetched {
+            head,
+            long,
+            meta,
+            cost: 1 + (segments / SEGMENTS) as u32,
+        }))
     }
 
     /// Hands the frame in `front` and `rest` to the link; `false` if it has no

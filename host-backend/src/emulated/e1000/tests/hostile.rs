@@ -138,6 +138,56 @@ fn a_frame_of_too_many_pieces_or_bytes() {
 }
 
 #[test]
+fn contexts_without_end_within_a_frame() {
+    let mut bench = Bench::new();
+    bench.put_data(&[1; 64], TxCommand::RS, PacketOptions::empty());
+    for _ in 0..300 {
+        for _ in 0..8 {
+            bench.put(ContextDescriptor {
+                command: ContextDescriptor::command_word(0, TuCommand::RS),
+                ..ContextDescriptor::default()
+            });
+        }
+        bench.ring_bell();
+    }
+    // They are given back: nothing is kept of them for as long as they come.
+    assert_eq!(bench.read(reg::TDH), bench.tx_tail);
+    bench.put_data(&[1; 64], END, PacketOptions::empty());
+    bench.ring_bell();
+    assert_eq!(bench.counters.bad_frames.get(), 1);
+    assert_eq!(bench.sent().len(), 0);
+    still_works(&mut bench);
+}
+
+#[test]
+fn a_checksum_in_a_tag_that_is_stripped() {
+    use pvkit_protocol::frame::Checksum;
+    for bytes in 16..24 {
+        for offset in 0..4 {
+            let mut bench = Bench::new();
+            bench.write(reg::CTRL, Ctrl::VME.bits());
+            let mut frame = plain(MAC, bytes);
+            frame[12..16].copy_from_slice(&[0x81, 0, 0, 5]);
+            let meta = FrameMeta {
+                checksum: Checksum::Partial { start: 14, offset },
+                segments: None,
+            };
+            let fits = meta.check(&frame, bytes, 1518, Offloads::all()).is_ok();
+            bench.come(&frame, meta);
+            let descriptor = bench.rx(0);
+            let lost = bench.counters.receive_errors.get();
+            // One whose field is cut apart, or off, is none.
+            assert_eq!(lost, u64::from(offset < 2 || !fits), "{bytes} {offset}");
+            if lost == 0 {
+                assert_eq!((descriptor.length.get(), descriptor.special.get()), (60, 5));
+            }
+            assert_eq!(bench.waiting(), 0);
+            still_works(&mut bench);
+        }
+    }
+}
+
+#[test]
 fn buffers_outside_of_memory() {
     let mut bench = Bench::new();
     for address in [RAM - 10, RAM, u64::MAX, u64::MAX - 100, RAM - 300] {

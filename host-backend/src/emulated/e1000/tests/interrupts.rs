@@ -29,6 +29,33 @@ fn causes_and_masks_drive_the_pin() {
 }
 
 #[test]
+fn frames_written_back_early_are_told_of() {
+    let mut bench = Bench::new();
+    let buffers = Rctl::LPE | Rctl::BSIZE_LOW | Rctl::BSIZE_HIGH | Rctl::SECRC;
+    bench.write(reg::RCTL, 0);
+    for index in 0..512 {
+        bench.set_rx(index, RX_BUFFERS + index * 256);
+    }
+    bench.write(reg::RDLEN, 512 * 16);
+    bench.write(reg::RDH, 0);
+    bench.write(reg::RDT, 256);
+    bench.write(reg::RCTL, (buffers | Rctl::EN).bits());
+    bench.causes();
+    // Eight fill all the descriptors that there are, which are as many as the
+    // worker keeps; the ninth finds none.
+    for _ in 0..9 {
+        let frame = plain(MAC, 32 * 256);
+        lock(&bench.link.state)
+            .incoming
+            .push_back((frame, FrameMeta::PLAIN));
+    }
+    bench.worker.poll(64);
+    assert_eq!(bench.counters.received.get(), 8);
+    assert_eq!(bench.read(reg::RDH), 256);
+    assert_eq!(bench.causes(), Cause::RXT0 | Cause::RXO);
+}
+
+#[test]
 fn moderation_bounds_interrupts() {
     let mut bench = Bench::new();
     bench.write(reg::IMS, Cause::RXT0.bits());
@@ -199,6 +226,25 @@ fn is_woken(bench: &Bench) -> bool {
     let mut ready = false;
     bench.worker.sources(&mut |fd, _| ready |= is_readable(fd));
     ready
+}
+
+/// Somebody found the worker asleep, and by the time its descriptor is written
+/// the worker has run for another reason and sleeps again.
+#[test]
+fn a_wake_up_that_comes_late_wakes_once() {
+    let mut bench = Bench::new();
+    bench.settle();
+    let Bench { card, worker, .. } = &mut bench;
+    card.wake_late(|| {
+        assert_eq!(worker.poll(8), Progress::Drained);
+        assert!(!worker.arm());
+    });
+    assert!(is_woken(&bench));
+    for _ in 0..2 {
+        assert_eq!(bench.worker.poll(8), Progress::Drained);
+        assert!(!bench.worker.arm());
+        assert!(!is_woken(&bench));
+    }
 }
 
 #[test]

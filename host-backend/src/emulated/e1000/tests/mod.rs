@@ -61,6 +61,8 @@ struct LinkState {
     incoming: VecDeque<(Vec<u8>, FrameMeta)>,
     sent: Vec<(Vec<u8>, FrameMeta)>,
     flushes: usize,
+    /// How often the lane could look after itself.
+    looks: usize,
     /// Room for so many frames, if there is a limit.
     room: Option<usize>,
     down: bool,
@@ -124,6 +126,7 @@ impl LinkLane for TestLink {
     }
     fn receive(&mut self, sink: &mut dyn FrameSink, budget: u32) -> u32 {
         let mut state = lock(&self.state);
+        state.looks += 1;
         let mut taken = 0;
         while taken < budget
             && let Some((frame, meta)) = state.incoming.front()

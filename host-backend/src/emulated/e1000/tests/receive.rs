@@ -355,3 +355,28 @@ fn frames_stay_in_the_link_while_it_is_off() {
     bench.settle();
     assert_eq!((bench.read(reg::RDH), bench.waiting()), (1, 0));
 }
+
+#[test]
+fn the_link_is_looked_after_whether_the_driver_receives_or_not() {
+    let looks = |bench: &mut Bench| {
+        let before = lock(&bench.link.state).looks;
+        assert_eq!(bench.worker.poll(8), Progress::Drained);
+        lock(&bench.link.state).looks - before
+    };
+    let mut bench = Bench::cold();
+    bench.settle();
+    assert_eq!(looks(&mut bench), 1, "without a driver");
+    bench.set_up(Rctl::BAM | Rctl::SECRC);
+    bench.settle();
+    assert_eq!(looks(&mut bench), 1);
+    for _ in 0..COUNT {
+        bench.come_plain(&plain(MAC, 60));
+    }
+    assert_eq!(bench.waiting(), 1);
+    assert_eq!(looks(&mut bench), 1, "without room");
+    assert_eq!(bench.waiting(), 1);
+    bench.write(reg::RCTL, 0);
+    bench.settle();
+    assert_eq!(looks(&mut bench), 1, "not receiving");
+    assert_eq!(bench.waiting(), 1);
+}

@@ -282,6 +282,23 @@ fn segments_are_left_to_the_link_with_headers_completed() {
 }
 
 #[test]
+fn frames_of_thousands_of_segments_are_sent_one_by_one() {
+    for (size, first) in [(1448, 3), (1, 1)] {
+        let mut bench = Bench::new();
+        let (driver, _) = to_be_cut(false, 8000);
+        bench.put(cut_context(false, 8000, size));
+        for _ in 0..3 {
+            bench.put_data(&driver, END | TxCommand::TSE, PacketOptions::TXSM);
+        }
+        bench.write(reg::TDT, bench.tx_tail);
+        bench.worker.poll(64);
+        assert_eq!(bench.sent().len(), first);
+        bench.settle();
+        assert_eq!(bench.sent().len(), 3 - first);
+    }
+}
+
+#[test]
 fn both_contexts_are_kept() {
     let mut bench = Bench::new();
     bench.put(context(false, true));
