@@ -9,6 +9,10 @@
 //! table of bounded size; frames to groups and to unknown addresses go to all
 //! ports but their own.
 //!
+//! Nobody checks who uses which address: a port that sends from another's
+//! address gets its frames from then on, as on any switch without port
+//! security.
+//!
 //! A port is up while there is another one.
 #![forbid(unsafe_code)]
 
