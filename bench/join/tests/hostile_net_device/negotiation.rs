@@ -259,7 +259,7 @@ fn memory_that_is_handed_in() {
     let storage = |transmit, segments| PairStorage {
         transmit: QueueStorage::heap(size(transmit), segments),
         receive: QueueStorage::heap(size(32), 4),
-        buffers: Storage::heap(BUFFERS.into(), || Some(vec![0u8; 2048])),
+        buffers: Storage::heap(BUFFERS.into(), || Some(vec![0u8; BUFFER_BYTES])),
     };
     let control = || Some(QueueStorage::heap(size(CONTROL_SIZE.into()), 1));
     for (storage, control, what) in [

@@ -183,6 +183,7 @@ fn buffers_in_several_segments_go_through_tables_or_chains() {
             .set(Features::INDIRECT_DESC, indirect);
         let options = NetOptions {
             receive_buffers: 6,
+            buffer_bytes: 2048,
             ..options()
         };
         let space = arena.space().with_segments_of(512);
@@ -230,6 +231,7 @@ fn what_lies_behind_a_frame_is_not_shared() {
     let make = &mut || Some(vec![0; 2048]);
     let options = NetOptions {
         receive_buffers: 4,
+        buffer_bytes: 2048,
         ..options()
     };
     let (net, (mut tx, rx)) = Net::open(transport(&wire), arena.space(), options, make).unwrap();
