@@ -12,6 +12,8 @@ pub(crate) struct FakeTx {
     pub(crate) size: usize,
     queued: Vec<(Vec<u8>, usize, FrameMeta)>,
     pub(crate) sent: VecDeque<Vec<u8>>,
+    /// Is sent as soon as the queue is armed.
+    pub(crate) late: VecDeque<Vec<u8>>,
     pub(crate) published: usize,
     pub(crate) fault: Option<Fault>,
     pub(crate) refuse: Option<Reason>,
@@ -62,6 +64,7 @@ impl NetTx<Vec<u8>> for FakeTx {
         }
     }
     fn arm(&mut self) -> bool {
+        self.sent.append(&mut self.late);
         !self.sent.is_empty()
     }
     fn room(&self) -> usize {
