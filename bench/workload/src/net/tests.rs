@@ -285,6 +285,9 @@ fn job(
         assert_eq!(lock(&wire).peer.mode(), Mode::Count);
         assert!(!lock(&wire).peer.is_generating());
     }
+    if matches!(outcome, Err(NetError::Tcp(_))) {
+        assert_eq!(clock.marks, [], "nothing is measured before it connects");
+    }
     outcome
 }
 
@@ -365,6 +368,17 @@ fn a_wire_that_is_broken_ends_the_job() {
     assert!(matches!(error, NetError::Stalled { .. }), "{error}");
     let error = job(NetWork::Transmit, Trouble::Loses(11), |_| {}).unwrap_err();
     assert!(matches!(error, NetError::Lost { .. }), "{error}");
+}
+
+#[test]
+fn a_connection_that_is_not_made_is_not_measured() {
+    for work in [NetWork::TcpReceive, NetWork::TcpSend] {
+        let error = job(work, Trouble::None, |job| {
+            job.ticks_per_ms.set(100);
+            job.stream_bytes.set(1000);
+        });
+        assert!(matches!(error, Err(NetError::Tcp(_))), "{error:?}");
+    }
 }
 
 #[test]
