@@ -37,6 +37,10 @@ enum Trouble {
     DamagesOut,
     /// Frames to the guest come twice.
     Doubles,
+    /// Every second long frame to the peer is the one before it once more.
+    RepeatsOut,
+    /// Long frames to the peer lose their last byte.
+    CutsOut,
     /// Nothing goes to the guest.
     Silent,
     /// The device keeps every buffer.
@@ -49,6 +53,7 @@ struct Wire {
     passed: u64,
     to_guest: VecDeque<Vec<u8>>,
     published: u64,
+    last: Vec<u8>,
     tick: Arc<AtomicU64>,
 }
 
@@ -82,6 +87,17 @@ impl Wire {
         let mut frame = frame.to_vec();
         if self.trouble == Trouble::DamagesOut && frame.len() > 200 {
             frame[100] ^= 4;
+        }
+        if self.trouble == Trouble::RepeatsOut && frame.len() > 200 {
+            // Each second one, so that as many come as were sent.
+            if self.last.len() == frame.len() {
+                frame = core::mem::take(&mut self.last);
+            } else {
+                self.last.clone_from(&frame);
+            }
+        }
+        if self.trouble == Trouble::CutsOut && frame.len() > 200 {
+            frame.pop();
         }
         let now = self.now_us();
         if let Some(answer) = self.peer.control(&frame, None, now) {
@@ -260,6 +276,7 @@ fn job(
         passed: 0,
         to_guest: VecDeque::new(),
         published: 0,
+        last: Vec::new(),
         tick: tick.clone(),
     }));
     let mut card = Card {
@@ -353,6 +370,14 @@ fn every_wrong_byte_fails_the_job() {
             matches!(error, NetError::WrongAtPeer { offset: 100, .. }),
             "{error}"
         );
+    }
+}
+
+#[test]
+fn frames_that_come_twice_or_cut_to_the_peer_fail_the_job() {
+    for trouble in [Trouble::RepeatsOut, Trouble::CutsOut] {
+        let error = job(NetWork::Transmit, trouble, |_| {}).unwrap_err();
+        assert!(matches!(error, NetError::WrongAtPeer { .. }), "{error}");
     }
 }
 
