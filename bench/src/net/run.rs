@@ -45,8 +45,9 @@ pub fn run(
         ));
     }
     let in_qemu = plan.rows.iter().any(|row| row.vmm.is_qemu());
-    if in_qemu && !Path::new("/dev/vhost-net").exists() {
-        skipped.push("QEMU's virtio-net with vhost: /dev/vhost-net is missing".to_owned());
+    if in_qemu && qemu.is_some() {
+        // Whether the host has it or not: there is no such row.
+        skipped.push("QEMU's virtio-net with vhost, a device of the kernel".to_owned());
     }
     let mut sums = plan
         .rows

@@ -152,8 +152,16 @@ impl<B: NetBuf, T: NetTx<B>, R: NetRx, W: Signals> EmbassyDevice<T, R, B, W> {
             return true;
         }
         self.signals.register(cx.waker());
+        if !self.sender.arm() {
+            return false;
+        }
         // What was sent before the queue was armed does not interrupt.
-        self.sender.arm() && self.ready()
+        if self.ready() {
+            return true;
+        }
+        // It was not enough for a frame, and nothing is armed now: look again.
+        cx.waker().wake_by_ref();
+        false
     }
 }
 
@@ -309,9 +317,46 @@ mod tests {
     use crate::net::fake::{FakeRx, FakeTx};
     use crate::net::pool::Sender;
     use crate::net::{FrameMeta, MacAddress, NetLimits, Offloads};
+    use alloc::sync::Arc;
+    use alloc::task::Wake;
     use alloc::vec;
+    use core::sync::atomic::{AtomicUsize, Ordering};
     use core::task::{Context, Waker};
     use embassy_net_driver::{Driver, HardwareAddress, LinkState, RxToken, TxToken};
+
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A queue may have sent something, and still have no room: then it is not
+    /// armed, and the task has to come back by itself.
+    #[test]
+    fn a_task_that_is_not_served_is_woken() {
+        let limits = NetLimits {
+            mac: None,
+            mtu: 1500,
+            transmit: Offloads::empty(),
+            receive: Offloads::empty(),
+            pairs: 1,
+        };
+        let sender = Sender::heap(FakeTx::new(1), 2, || vec![0; 2048]);
+        let signals = |_: &Waker| {};
+        let mut device = EmbassyDevice::heap(sender, FakeRx::default(), &limits, signals);
+        let wakes = Arc::new(Wakes(AtomicUsize::new(0)));
+        let waker = Waker::from(wakes.clone());
+        let mut cx = Context::from_waker(&waker);
+        let room = device.transmit(&mut cx).expect("room");
+        room.consume(60, |frame| frame.fill(9));
+        assert!(device.transmit(&mut cx).is_none());
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 0, "it is armed");
+        device.sender.queue_mut().late.push_back(vec![0; 2048]);
+        assert!(device.transmit(&mut cx).is_none(), "the ring is full");
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+    }
 
     #[derive(Default)]
     struct Counted {

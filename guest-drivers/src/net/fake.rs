@@ -12,7 +12,10 @@ pub(crate) struct FakeTx {
     pub(crate) size: usize,
     queued: Vec<(Vec<u8>, usize, FrameMeta)>,
     pub(crate) sent: VecDeque<Vec<u8>>,
+    /// Is sent as soon as the queue is armed.
+    pub(crate) late: VecDeque<Vec<u8>>,
     pub(crate) published: usize,
+    pub(crate) armed: usize,
     pub(crate) fault: Option<Fault>,
     pub(crate) refuse: Option<Reason>,
 }
@@ -35,6 +38,15 @@ impl FakeTx {
                 (frame, meta)
             })
             .collect()
+    }
+}
+
+impl FakeTx {
+    /// The device sends everything, once it is asked to say so; how much.
+    pub(crate) fn serve_late(&mut self) -> usize {
+        let queued = core::mem::take(&mut self.queued).into_iter();
+        self.late.extend(queued.map(|(buffer, ..)| buffer));
+        self.late.len()
     }
 }
 
@@ -62,6 +74,8 @@ impl NetTx<Vec<u8>> for FakeTx {
         }
     }
     fn arm(&mut self) -> bool {
+        self.armed += 1;
+        self.sent.append(&mut self.late);
         !self.sent.is_empty()
     }
     fn room(&self) -> usize {

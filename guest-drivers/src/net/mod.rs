@@ -24,7 +24,7 @@ pub mod pool;
 pub mod smoltcp;
 
 #[cfg(all(test, feature = "alloc"))]
-#[cfg_attr(not(any(feature = "smoltcp", feature = "embassy")), allow(dead_code))]
+#[cfg_attr(not(all(feature = "smoltcp", feature = "embassy")), allow(dead_code))]
 mod fake;
 #[cfg(any(feature = "smoltcp", feature = "embassy"))]
 mod offload;

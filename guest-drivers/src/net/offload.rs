@@ -4,7 +4,7 @@
 
 use super::{Checksum, FrameMeta, NetLimits, Offloads, SegmentKind, Segmentation};
 use pvkit_protocol::inet::{Headers, IPV6_HEADER_BYTES, IpVersion, protocol};
-use pvkit_protocol::inet::{TCP_CHECKSUM, UDP_CHECKSUM};
+use pvkit_protocol::inet::{TCP_CHECKSUM, UDP_CHECKSUM, UDP_HEADER_BYTES};
 
 /// Where transport header and payload end in a frame of `bytes` bytes: before
 /// padding.
@@ -85,6 +85,17 @@ pub(super) fn is_right(frame: &[u8]) -> bool {
     if optional && stored == [0, 0] {
         return true;
     }
+    // What lies behind the end of a datagram is not part of it (RFC 768).
+    let packet = match (headers.protocol, packet.get(4..6)) {
+        (protocol::UDP, Some(&[high, low])) => {
+            let bytes = usize::from(u16::from_be_bytes([high, low]));
+            match packet.get(..bytes) {
+                Some(packet) if bytes >= usize::from(UDP_HEADER_BYTES) => packet,
+                _ => return false,
+            }
+        }
+        _ => packet,
+    };
     headers
         .pseudo_header(frame, packet.len() as u32)
         .is_some_and(|sum| sum.bytes(packet).finish() == 0)
@@ -115,7 +126,7 @@ pub(super) const fn longest_segmented(version: IpVersion) -> usize {
 mod tests {
     use super::{is_right, leave, may_pass};
     use crate::net::{Checksum, FrameMeta, NetLimits, Offloads};
-    use pvkit_protocol::inet::Sum;
+    use pvkit_protocol::inet::{Headers, Sum};
 
     const LIMITS: NetLimits = NetLimits {
         mac: None,
@@ -162,6 +173,29 @@ mod tests {
         assert!(is_right(&frame), "padding");
         frame[60] ^= 1;
         assert!(!is_right(&frame));
+    }
+
+    /// A datagram may end before its packet does.
+    #[test]
+    fn a_datagram_is_checked_as_far_as_it_goes() {
+        let mut frame: [u8; 64] = core::array::from_fn(|index| index as u8);
+        frame[12..16].copy_from_slice(&[8, 0, 0x45, 0]);
+        frame[16..18].copy_from_slice(&50u16.to_be_bytes());
+        frame[20..24].copy_from_slice(&[0x40, 0, 64, 17]);
+        frame[38..42].copy_from_slice(&[0, 20, 0, 0]);
+        let headers = Headers::parse(&frame).unwrap();
+        let sum = headers.pseudo_header(&frame, 20).unwrap();
+        let sum = sum.bytes(&frame[34..54]).finish();
+        frame[40..42].copy_from_slice(&sum.to_be_bytes());
+        assert!(is_right(&frame));
+        frame[60] ^= 1;
+        assert!(is_right(&frame), "behind it");
+        frame[50] ^= 1;
+        assert!(!is_right(&frame));
+        for length in [7u16, 31] {
+            frame[38..40].copy_from_slice(&length.to_be_bytes());
+            assert!(!is_right(&frame), "{length}");
+        }
     }
 
     #[test]

@@ -128,10 +128,12 @@ impl<B: NetBuf, T: NetTx<B>, R: NetRx> SmoltcpDevice<T, R, B> {
         self.rx.publish();
     }
 
-    /// Asks for an interrupt at the next frame; `true` if there is one already.
+    /// Asks for an interrupt at the next frame, and, if no frame can be sent
+    /// now, when one can; `true` if it is time to poll already.
     pub fn arm(&mut self) -> bool {
         self.flush();
-        self.rx.arm()
+        let room = !self.can_send() && self.sender.arm();
+        self.rx.arm() || room
     }
 
     /// What was lost so far.
@@ -458,6 +460,23 @@ mod tests {
         assert_ne!(frame[40..42], [0x12, 0x34], "the sum of the pseudo header");
         assert!(device.transmit(Instant::ZERO).is_some());
     }
+
+    #[test]
+    fn who_waits_for_room_hears_of_it() {
+        let mut device = device(Offloads::empty(), Offloads::empty(), 1514);
+        while let Some(room) = device.transmit(Instant::ZERO) {
+            room.consume(60, |frame| frame.fill(1));
+        }
+        assert!(!device.arm());
+        assert_eq!(device.sender.queue().armed, 1);
+        let sent = device.sender.queue_mut().serve_late();
+        assert_eq!(sent, 4);
+        assert!(device.arm(), "there is room");
+        assert!(device.transmit(Instant::ZERO).is_some());
+        assert!(!device.arm());
+        assert_eq!(device.sender.queue().armed, 2, "not while there is room");
+    }
+
     /// Hands the frames of one to the other, in pieces if they are long.
     fn carry(from: &mut Fake, to: &mut Fake, longest: &mut usize) {
         from.flush();

@@ -256,6 +256,20 @@ fn a_buffer_that_the_device_does_not_have_is_a_fault() {
     assert_eq!(card.chip.accesses(register::RDT), tail);
 }
 
+/// Nobody goes to sleep over a fault that was found just now.
+#[test]
+fn a_forged_descriptor_found_while_arming_is_heard_of() {
+    let mut card = open(small());
+    card.chip.forge(15, 64, END, RxError::empty());
+    assert!(card.chip.receive(&plain(0, 64)));
+    assert_eq!(next(&mut card).unwrap().0, plain(0, 64));
+    let asked = card.chip.accesses(register::IMS).1;
+    assert!(card.rx.arm(), "there is something to be heard");
+    assert_eq!(card.chip.accesses(register::IMS).1, asked);
+    assert_eq!(fault(&mut card), Fault::NotInFlight { id: 15 });
+    assert!(!card.rx.arm());
+}
+
 #[test]
 fn a_space_without_room_is_tried_again() {
     for forged in [false, true] {

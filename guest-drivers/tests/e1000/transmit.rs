@@ -368,6 +368,33 @@ fn what_was_not_agreed_is_refused_and_what_is_out_of_reach_is_done_by_the_driver
     assert_eq!(card.tx.counters().software_checksums, 1);
 }
 
+/// Network stacks make a frame only where there is room, and lose it if it is
+/// refused after all.
+#[test]
+fn where_there_is_room_the_longest_frame_is_taken() {
+    for (mtu, payload) in [(1500, 65_000), (1500, 40_000), (16_362, 16_322)] {
+        let mut options = small();
+        options.mtu = mtu;
+        options.receive_descriptors = 512;
+        let mut card = open(options);
+        let (frame, meta) = tcp4(payload);
+        let segmented = frame.len() > usize::from(mtu) + 18;
+        let meta = if segmented { cut(meta, 1448) } else { meta };
+        for sent in 0..100 {
+            while card.tx.room() > 0 {
+                let taken = card.tx.submit(buffer(&frame), frame.len(), &meta);
+                assert!(taken.is_ok(), "{payload} bytes: {taken:?}");
+                card.tx
+                    .submit(buffer(&plain(sent, 60)), 60, &FrameMeta::PLAIN)
+                    .ok();
+            }
+            card.tx.publish();
+            assert!(card.chip.transmit(1) > 0, "it never gets stuck");
+            while card.tx.complete().unwrap().is_some() {}
+        }
+    }
+}
+
 #[test]
 fn an_interrupt_is_asked_for_once_or_after_each_claim() {
     for (masking, asked) in [(Masking::Never, 1), (Masking::Claimed, 3)] {

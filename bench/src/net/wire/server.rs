@@ -13,6 +13,9 @@ use zerocopy::{FromZeros, IntoBytes};
 const PIECE: usize = 256 * 1024;
 /// How long a connection may stand still.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the server waits for the guest to close: a card that is reset may
+/// keep its last frame to itself, and the next connection has to be served.
+const LINGER: Duration = Duration::from_millis(100);
 
 /// Serves one connection after the other, until the other end of `stop` is
 /// closed.
@@ -64,6 +67,7 @@ fn answer(mut connection: &TcpStream) -> io::Result<()> {
     };
     connection.write_all(verdict.as_bytes())?;
     // Until the guest closes, too.
+    connection.set_read_timeout(Some(LINGER))?;
     let _ = connection.read(&mut [0; 16]);
     Ok(())
 }
@@ -180,6 +184,17 @@ mod tests {
             assert_eq!(verdict.wrong.get() != 0, wrong.is_some());
             assert_eq!(verdict.bytes.get(), wrong.unwrap_or(BYTES) as u64);
         }
+        // Who never closes does not keep others from being served: they are as
+        // patient as the server.
+        let fetch = || {
+            let mut connection = TcpStream::connect(address).unwrap();
+            connection.set_read_timeout(Some(PATIENCE / 2)).unwrap();
+            connection.write_all(ask(FETCH, 8).as_bytes()).unwrap();
+            let mut got = [0; 8 + size_of::<Verdict>()];
+            connection.read_exact(&mut got).unwrap();
+            connection
+        };
+        let _open = [fetch(), fetch()];
         // Nonsense ends that connection, and no more.
         let mut connection = TcpStream::connect(address).unwrap();
         connection.write_all(&[0; 64]).unwrap();

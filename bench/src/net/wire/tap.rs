@@ -11,7 +11,7 @@ use super::server;
 use super::sys::{self, Interface};
 use anyhow::{Context, Result, anyhow};
 use pvkit_protocol::frame::ethertype;
-use pvkit_workload::net::control::Mode;
+use pvkit_workload::net::control::{FRAME_BYTES, Mode};
 use pvkit_workload::net::frame::MAX_BYTES;
 use pvkit_workload::net::peer::Peer;
 use pvkit_workload::net::stream::{PEER, PORT, PREFIX};
@@ -225,10 +225,7 @@ impl HostEnd {
             if self.wait(timeout)? {
                 return Ok(());
             }
-            while let Some(bytes) = self.control.receive(&mut frame)? {
-                self.controls += 1;
-                self.answer(frame.get(..bytes).unwrap_or(&[]))?;
-            }
+            self.answer_requests()?;
             self.receive_data(&mut frame)?;
             timeout = self.generate(&mut frame)?;
         }
@@ -254,18 +251,46 @@ impl HostEnd {
         Ok(fds.first().is_some_and(|stop| !stop.revents().is_empty()))
     }
 
-    fn answer(&mut self, frame: &[u8]) -> io::Result<()> {
+    /// Takes the control frames that have come.
+    fn take_requests(&mut self) -> io::Result<Vec<[u8; FRAME_BYTES]>> {
+        let mut requests = Vec::new();
+        // Longer ones are cut, shorter ones make no sense.
+        let mut frame = [0; FRAME_BYTES];
+        while self.control.receive(&mut frame)?.is_some() {
+            self.controls += 1;
+            requests.push(std::mem::replace(&mut frame, [0; FRAME_BYTES]));
+        }
+        Ok(requests)
+    }
+
+    fn answer_requests(&mut self) -> io::Result<()> {
+        let mut requests = self.take_requests()?;
+        if requests.is_empty() {
+            return Ok(());
+        }
         let mut counts = self.statistics.read()?;
         if !self.peer.is_generating() {
-            // Until the counters stand still.
+            // Until the counters stand still, and no request is among them that
+            // has not been seen: a guest may ask twice.
             for _ in 0..50 {
                 thread::sleep(SETTLE);
+                let more = self.take_requests()?;
                 let now = self.statistics.read()?;
-                if std::mem::replace(&mut counts, now) == now {
+                let still = more.is_empty() && now == counts;
+                requests.extend(more);
+                counts = now;
+                if still {
                     break;
                 }
             }
         }
+        for request in &requests {
+            self.answer(request, counts)?;
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, frame: &[u8], counts: Counts) -> io::Result<()> {
         let received = counts.received.saturating_sub(self.controls);
         let generating = self.peer.is_generating();
         let Some(answer) = self.peer.control(frame, Some(received), self.now_us()) else {
@@ -343,7 +368,7 @@ impl HostEnd {
 mod tests {
     use super::*;
     use pvkit_protocol::frame::MacAddress;
-    use pvkit_workload::net::control::{FRAME_BYTES, Message, Subject};
+    use pvkit_workload::net::control::{Message, Subject};
     use pvkit_workload::net::frame;
     use std::io::{Read, Write};
     use zerocopy::little_endian::U64;
@@ -425,6 +450,26 @@ mod tests {
             expected += count;
             let answer = guest.ask(Message::request(Subject::Counters, 0));
             assert_eq!(answer.received.get(), expected, "{count}");
+        }
+    }
+
+    /// A guest that gets no answer soon asks again.
+    #[test]
+    fn a_request_that_comes_twice_counts_for_no_data() {
+        let Some(mut guest) = guest() else { return };
+        let before = guest.ask(Message::request(Subject::Counters, 0));
+        for _ in 0..20 {
+            guest.number += 1;
+            let message = Message::request(Subject::Counters, guest.number);
+            let mut frame = [0; FRAME_BYTES];
+            message.write(&mut frame, MacAddress::BROADCAST, GUEST);
+            for _ in 0..4 {
+                guest.send(&frame);
+            }
+            for _ in 0..4 {
+                let (answer, _) = Message::read(&guest.receive()).unwrap();
+                assert_eq!(answer.received, before.received);
+            }
         }
     }
 

@@ -104,7 +104,8 @@ pub struct Message {
     answer: U32,
     /// [`Subject::Mode`]: which one.
     mode: U32,
-    /// [`Subject::Generate`]: bytes of a frame.
+    /// [`Subject::Generate`]: bytes of a frame. [`Mode::Check`]: the same, or 0
+    /// for any.
     pub frame_bytes: U32,
     /// The same: frames a second; 0 for as many as it can.
     pub rate: U32,
@@ -115,7 +116,8 @@ pub struct Message {
     pub vary: U32,
     /// The same: most frames.
     pub count: U64,
-    /// The same: the first sequence number.
+    /// The same: the first sequence number, also with [`Mode::Check`] unless
+    /// `frame_bytes` is 0; each is one more than the one before.
     pub first: U64,
     /// The same: most microseconds.
     pub limit_us: U64,

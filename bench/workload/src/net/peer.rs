@@ -29,6 +29,9 @@ struct Generator {
 pub struct Peer {
     mac: MacAddress,
     mode: Mode,
+    /// With [`Mode::Check`]: the number and the length of the next frame, if
+    /// that was said.
+    expected: Option<(u64, usize)>,
     /// The last request that was done.
     done: Option<u32>,
     received: u64,
@@ -50,6 +53,7 @@ impl Peer {
         Self {
             mac,
             mode: Mode::Count,
+            expected: None,
             done: None,
             received: 0,
             checked: 0,
@@ -116,7 +120,11 @@ impl Peer {
                 self.generator = None;
                 self.finished.0 = 0;
             }
-            Subject::Mode => self.mode = request.mode()?,
+            Subject::Mode => {
+                self.mode = request.mode()?;
+                let bytes = request.frame_bytes.get() as usize;
+                self.expected = (bytes != 0).then(|| (request.first.get(), bytes));
+            }
             Subject::Generate => {
                 let bytes = request.frame_bytes.get() as usize;
                 if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) {
@@ -155,9 +163,14 @@ impl Peer {
             Mode::Echo => true,
             Mode::Check => {
                 self.checked += 1;
-                if let Err(wrong) = frame::check(frame, sequence, frame.len()) {
+                let (number, bytes) = self.expected.unwrap_or((sequence, frame.len()));
+                if let Err(wrong) = frame::check(frame, number, bytes) {
                     self.wrong += 1;
                     self.first_wrong.get_or_insert(wrong);
+                }
+                if let Some((next, _)) = &mut self.expected {
+                    // One that is lost makes one wrong, not all that follow.
+                    *next = sequence.wrapping_add(1);
                 }
                 false
             }
@@ -306,6 +319,33 @@ mod tests {
         peer.turn_around(&mut frame);
         assert_eq!(frame::source(&frame), Some(PEER));
         assert_eq!(frame[..6], GUEST.0);
+    }
+
+    #[test]
+    fn frames_that_are_lost_doubled_or_cut_are_wrong() {
+        let mut peer = Peer::new(PEER);
+        let mut request = Message::mode_request(Mode::Check, 1);
+        request.first.set(5);
+        request.frame_bytes.set(64);
+        ask(&mut peer, &request, 0).unwrap();
+        let mut wrong = 0;
+        for (sequence, bytes, bad) in [
+            (5, 64, false),
+            (6, 64, false),
+            (6, 64, true),
+            (7, 64, false),
+            (9, 64, true),
+            (10, 63, true),
+            (11, 64, false),
+            (3, 64, true),
+        ] {
+            let mut frame = [0; 64];
+            frame::fill(&mut frame[..bytes], PEER, GUEST, sequence, 1);
+            peer.data(&frame[..bytes]);
+            wrong += u64::from(bad);
+            let answer = ask(&mut peer, &Message::request(Subject::Counters, 2), 0).unwrap();
+            assert_eq!(answer.wrong.get(), wrong, "{sequence}");
+        }
     }
 
     fn generate(number: u32, rate: u32, count: u64) -> Message {

@@ -79,8 +79,6 @@ where
     }
     let job = runner.job;
     let kicks_before = runner.target.kicks();
-    runner.machine.mark(Mark::Start(number));
-    let counts = runner.machine.counts();
     let mut connection = {
         let (tx, rx) = runner.target.halves();
         let mut buffers = buffers.into_iter();
@@ -89,7 +87,7 @@ where
         let device = SmoltcpDevice::heap(sender, Counted::new(rx), &limits);
         Connection::new(
             device,
-            &*runner.machine,
+            &mut *runner.machine,
             job.ticks_per_ms.get(),
             runner.mac.0,
         )
@@ -103,6 +101,10 @@ where
         hash: U32::new(u32::from(job.hash != 0)),
     };
     connection.connect(number)?;
+    // Neither making the connection nor ending it is measured.
+    connection.machine.mark(Mark::Start(number));
+    let counts = connection.machine.counts();
+    let before = connection.frames();
     let start = connection.machine.now();
     connection.write_all(request.as_bytes())?;
     let mut hash = Sha256::new();
@@ -129,17 +131,17 @@ where
         connection.read_exact(&mut verdict)?;
     }
     let end = connection.machine.now();
-    let counts_after = connection.machine.counts();
-    let (sender, rx) = connection.device.queues();
-    let (sent, received) = (sender.queue().frames, rx.frames);
+    let mut counts = connection.machine.counts().since(&counts);
+    connection.machine.mark(Mark::End(number));
+    let after = connection.frames();
+    let (sent, received) = (after.0 - before.0, after.1 - before.1);
     if fetch {
         connection.read_exact(&mut verdict)?;
     }
     connection.close();
     drop(connection);
-    let mut counts = counts_after.since(&counts);
+    // Those of making and ending it are among them: a few.
     counts.kicks = runner.target.kicks().saturating_sub(kicks_before);
-    runner.machine.mark(Mark::End(number));
 
     let verdict = Verdict::read_from_bytes(&verdict).map_err(|_| TcpError::Closed(bytes))?;
     if verdict.wrong.get() != 0 || verdict.bytes.get() != bytes {
@@ -167,7 +169,7 @@ where
 /// A connection, and the stack below it.
 struct Connection<'m, T, R, B: 'static, M> {
     device: SmoltcpDevice<T, R, B>,
-    machine: &'m M,
+    machine: &'m mut M,
     ticks_per_ms: u64,
     interface: Interface,
     sockets: SocketSet<'static>,
@@ -175,10 +177,20 @@ struct Connection<'m, T, R, B: 'static, M> {
     moved: u64,
 }
 
+impl<T: NetTx<B>, R: NetRx, B: NetBuf, M: Machine>
+    Connection<'_, Counted<'_, T>, Counted<'_, R>, B, M>
+{
+    /// Frames sent and received so far.
+    fn frames(&mut self) -> (u64, u64) {
+        let (sender, rx) = self.device.queues();
+        (sender.queue().frames, rx.frames)
+    }
+}
+
 impl<'m, T: NetTx<B>, R: NetRx, B: NetBuf, M: Machine> Connection<'m, T, R, B, M> {
     fn new(
         mut device: SmoltcpDevice<T, R, B>,
-        machine: &'m M,
+        machine: &'m mut M,
         ticks_per_ms: u32,
         mac: [u8; 6],
     ) -> Self {

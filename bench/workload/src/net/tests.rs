@@ -37,6 +37,10 @@ enum Trouble {
     DamagesOut,
     /// Frames to the guest come twice.
     Doubles,
+    /// Every second long frame to the peer is the one before it once more.
+    RepeatsOut,
+    /// Long frames to the peer lose their last byte.
+    CutsOut,
     /// Nothing goes to the guest.
     Silent,
     /// The device keeps every buffer.
@@ -49,6 +53,7 @@ struct Wire {
     passed: u64,
     to_guest: VecDeque<Vec<u8>>,
     published: u64,
+    last: Vec<u8>,
     tick: Arc<AtomicU64>,
 }
 
@@ -82,6 +87,17 @@ impl Wire {
         let mut frame = frame.to_vec();
         if self.trouble == Trouble::DamagesOut && frame.len() > 200 {
             frame[100] ^= 4;
+        }
+        if self.trouble == Trouble::RepeatsOut && frame.len() > 200 {
+            // Each second one, so that as many come as were sent.
+            if self.last.len() == frame.len() {
+                frame = core::mem::take(&mut self.last);
+            } else {
+                self.last.clone_from(&frame);
+            }
+        }
+        if self.trouble == Trouble::CutsOut && frame.len() > 200 {
+            frame.pop();
         }
         let now = self.now_us();
         if let Some(answer) = self.peer.control(&frame, None, now) {
@@ -260,6 +276,7 @@ fn job(
         passed: 0,
         to_guest: VecDeque::new(),
         published: 0,
+        last: Vec::new(),
         tick: tick.clone(),
     }));
     let mut card = Card {
@@ -284,6 +301,9 @@ fn job(
         // The next job finds the peer as this one did.
         assert_eq!(lock(&wire).peer.mode(), Mode::Count);
         assert!(!lock(&wire).peer.is_generating());
+    }
+    if matches!(outcome, Err(NetError::Tcp(_))) {
+        assert_eq!(clock.marks, [], "nothing is measured before it connects");
     }
     outcome
 }
@@ -354,6 +374,14 @@ fn every_wrong_byte_fails_the_job() {
 }
 
 #[test]
+fn frames_that_come_twice_or_cut_to_the_peer_fail_the_job() {
+    for trouble in [Trouble::RepeatsOut, Trouble::CutsOut] {
+        let error = job(NetWork::Transmit, trouble, |_| {}).unwrap_err();
+        assert!(matches!(error, NetError::WrongAtPeer { .. }), "{error}");
+    }
+}
+
+#[test]
 fn a_wire_that_is_broken_ends_the_job() {
     let error = job(NetWork::Receive, Trouble::Doubles, |_| {}).unwrap_err();
     assert!(matches!(error, NetError::Order { .. }), "{error}");
@@ -365,6 +393,17 @@ fn a_wire_that_is_broken_ends_the_job() {
     assert!(matches!(error, NetError::Stalled { .. }), "{error}");
     let error = job(NetWork::Transmit, Trouble::Loses(11), |_| {}).unwrap_err();
     assert!(matches!(error, NetError::Lost { .. }), "{error}");
+}
+
+#[test]
+fn a_connection_that_is_not_made_is_not_measured() {
+    for work in [NetWork::TcpReceive, NetWork::TcpSend] {
+        let error = job(work, Trouble::None, |job| {
+            job.ticks_per_ms.set(100);
+            job.stream_bytes.set(1000);
+        });
+        assert!(matches!(error, Err(NetError::Tcp(_))), "{error:?}");
+    }
 }
 
 #[test]

@@ -40,7 +40,11 @@ where
     }
 
     fn verify_transmit(&mut self, count: u64, bytes: usize) -> Result<u64, NetError> {
-        let before = self.set_mode(Mode::Check)?;
+        let number = self.new_request(Subject::Mode).number.get();
+        let mut request = Message::mode_request(Mode::Check, number);
+        request.first.set(self.next_sequence() + 1);
+        request.frame_bytes.set(bytes as u32);
+        let before = self.ask(&request)?;
         let mut sent = 0;
         let mut done = before;
         while sent < count {
@@ -57,18 +61,18 @@ where
         let checked = done.checked.get().saturating_sub(before.checked.get());
         let wrong = done.wrong.get().saturating_sub(before.wrong.get());
         self.set_mode(Mode::Count)?;
+        if checked != count {
+            return Err(NetError::Lost {
+                sent: count,
+                received: checked,
+            });
+        }
         if wrong > 0 {
             return Err(NetError::WrongAtPeer {
                 wrong,
                 checked,
                 sequence: done.wrong_sequence.get(),
                 offset: done.wrong_offset.get(),
-            });
-        }
-        if checked != count {
-            return Err(NetError::Lost {
-                sent: count,
-                received: checked,
             });
         }
         Ok(checked * bytes as u64)

@@ -524,7 +524,8 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> NetRx for E1000Rx<C, S, R
         }
         self.recycle();
         self.publish();
-        if self.ring.is_done(self.seen) {
+        // Publishing may have found a fault.
+        if self.state != State::Live || self.ring.is_done(self.seen) {
             return true;
         }
         if self.armed {

@@ -7,12 +7,12 @@ use super::{Delays, Masking, State};
 use crate::dma::{Direction, DmaBuf, DmaError, DmaSpace, Segment};
 use crate::fault::Fault;
 use crate::lent::Window;
-use crate::net::{FrameMeta, HEADROOM, NetBuf, NetLimits, NetTx, Reason, Refused};
+use crate::net::{FrameMeta, HEADROOM, NetBuf, NetLimits, NetTx, Offloads, Reason, Refused};
 use crate::register::Registers;
 use core::fmt;
 use pvkit_protocol::emulated::e1000::descriptor::MAX_LEGACY_BYTES;
 use pvkit_protocol::emulated::e1000::{Cause, DataDescriptor, TxCommand, register};
-use pvkit_protocol::frame::max_frame_bytes;
+use pvkit_protocol::frame::{MAX_SEGMENTED_FRAME_BYTES, max_frame_bytes};
 use zerocopy::little_endian::{U16, U64};
 
 /// Longest piece of a frame in one descriptor. Data descriptors can say more;
@@ -451,16 +451,24 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> NetTx<B> for E1000Tx<B, S
     }
 
     /// Each may need a context descriptor of its own, where checksums are
-    /// left to the chip.
+    /// left to the chip. 0 already if the longest frame has no place: it takes
+    /// several descriptors, and who asks first is not refused afterwards.
     fn room(&self) -> usize {
         if self.state != State::Live {
             return 0;
         }
-        let descriptors = if self.setup.limits.transmit.is_empty() {
-            1
+        let limits = &self.setup.limits;
+        let contexts = u64::from(!limits.transmit.is_empty());
+        let longest = if limits.transmit.intersects(Offloads::TSO4 | Offloads::TSO6) {
+            MAX_SEGMENTED_FRAME_BYTES
         } else {
-            2
+            max_frame_bytes(limits.mtu)
         };
-        (self.free() / descriptors) as usize
+        let most = contexts + (longest as u64).div_ceil(MAX_PIECE.into());
+        let free = self.free();
+        if free < most {
+            return 0;
+        }
+        (free / (1 + contexts)) as usize
     }
 }
