@@ -210,7 +210,7 @@ fn pairs(rows: &[NetRow]) -> Vec<(usize, usize)> {
             let same_work = one.case() == two.case() && one.wire == two.wire;
             let against_emulated = one.card.is_virtio()
                 && !two.card.is_virtio()
-                && one.vmm == two.vmm
+                && (one.vmm, one.spin_us) == (two.vmm, two.spin_us)
                 && one.vmm == NetVmm::Pvkit;
             let same_host = one.vmm == two.vmm && one.spin_us == two.spin_us;
             let against_plain = one.card == two.card
