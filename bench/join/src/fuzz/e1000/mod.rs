@@ -11,10 +11,11 @@ mod action;
 mod ends;
 
 use super::buffer::{Buffer, Pool};
-use super::net::{Frame, GUEST, Got, HOST, INBOX_BYTES, MOST_PAYLOAD, Traffic};
+use super::net::{Frame, GUEST, HOST, INBOX_BYTES, MOST_PAYLOAD, Traffic};
 use super::{clean_arena, keep_arena};
 use crate::arena::{Arena, ArenaSpace, BASE};
 use crate::e1000::E1000Join;
+use crate::net::Received;
 use crate::pci::BarWindow;
 use crate::stepped::{Steps, stepped};
 use crate::wire::{Window, Wire};
@@ -545,7 +546,7 @@ impl World {
 
     fn host_receive(&mut self, budget: u32) {
         let Some(host) = &mut self.host else { return };
-        let mut got = Got::default();
+        let mut got = Received::default();
         host.receive(&mut got, budget);
         let takes = match self.host_takes {
             true => Offloads::all(),

@@ -4,20 +4,9 @@ use super::action::Frame;
 use super::{INBOX_BYTES, World};
 use crate::arena::Arena;
 use crate::fuzz::buffer::Buffer;
+use crate::net::Received;
 use pvkit_guest::net::Offloads;
-use pvkit_host::link::{Delivered, FrameSink};
-use pvkit_protocol::frame::{DEFAULT_MTU, FrameMeta, max_frame_bytes};
-
-/// What the other end of the link got.
-#[derive(Default)]
-pub(in crate::fuzz) struct Got(pub(in crate::fuzz) Vec<(Vec<u8>, FrameMeta)>);
-
-impl FrameSink for Got {
-    fn deliver(&mut self, frame: &[u8], meta: &FrameMeta) -> Delivered {
-        self.0.push((frame.to_vec(), *meta));
-        Delivered::Taken
-    }
-}
+use pvkit_protocol::frame::{DEFAULT_MTU, max_frame_bytes};
 
 /// Rounds in which everything that is on its way comes in.
 const ROUNDS: usize = 20_000;
@@ -39,7 +28,7 @@ impl World {
 
     pub(super) fn host_receive(&mut self, budget: u32) {
         let Some(host) = &mut self.host else { return };
-        let mut got = Got::default();
+        let mut got = Received::default();
         host.receive(&mut got, budget);
         let takes = match self.setup.host_takes {
             true => Offloads::all(),

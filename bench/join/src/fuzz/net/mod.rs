@@ -46,7 +46,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 pub(super) use action::{Frame, meta};
-pub(super) use ends::Got;
 pub(super) use traffic::{MOST_PAYLOAD, Traffic};
 
 const ARENA_BYTES: usize = 1 << 20;
