@@ -129,21 +129,78 @@ impl Latencies {
     }
 }
 
+/// What jobs of any kind bring, in several measurements.
+#[derive(Debug)]
+pub(crate) struct Jobs {
+    tsc_khz: u32,
+    pub(crate) rounds: u32,
+    /// Requests, or frames.
+    pub(crate) done: u64,
+    ticks: u64,
+    pub(crate) latency: Latencies,
+    pub(crate) costs: Costs,
+    pub(crate) features: Features,
+    pub(crate) verified_bytes: u64,
+    /// How many were done a second, by round.
+    pub(crate) by_round: Vec<f64>,
+}
+
+impl Jobs {
+    pub(crate) fn new(tsc_khz: u32) -> Result<Self> {
+        Ok(Self {
+            tsc_khz,
+            rounds: 0,
+            done: 0,
+            ticks: 0,
+            latency: Latencies::new()?,
+            costs: Costs::default(),
+            features: Features::empty(),
+            verified_bytes: 0,
+            by_round: Vec::new(),
+        })
+    }
+
+    pub(crate) fn add(&mut self, report: &JobReport, latencies: &[u64], host: Option<&HostCounts>) {
+        let ticks = report.end.get().saturating_sub(report.start.get());
+        let done = report.requests.get();
+        self.rounds += 1;
+        self.done += done;
+        self.ticks += ticks;
+        self.by_round
+            .push(done as f64 / self.seconds_of(ticks).max(1e-9));
+        self.latency.add(latencies, self.tsc_khz);
+        self.costs.add(report, host);
+        self.features = Features::from_bits_retain(report.features.get());
+        self.verified_bytes += report.verified_bytes.get();
+    }
+
+    fn seconds_of(&self, ticks: u64) -> f64 {
+        ticks as f64 / (f64::from(self.tsc_khz.max(1)) * 1000.0)
+    }
+
+    /// How long all of it took, if anything was done and that was measured.
+    pub(crate) fn seconds(&self) -> Option<f64> {
+        let seconds = self.seconds_of(self.ticks);
+        (self.done > 0 && seconds > 0.0).then_some(seconds)
+    }
+
+    /// So many of something, by what was done.
+    pub(crate) fn each(&self, count: u64) -> f64 {
+        count as f64 / self.done as f64
+    }
+
+    /// The CPU time of each, if the host knows.
+    pub(crate) fn cpu(&self) -> Option<Cpu> {
+        self.costs.cpu(self.done)
+    }
+}
+
 /// The sum of several measurements of a row.
 #[derive(Debug)]
 pub struct Sum {
     row: Row,
-    tsc_khz: u32,
-    rounds: u32,
-    requests: u64,
-    ticks: u64,
-    latency: Latencies,
-    costs: Costs,
-    features: Features,
-    verified_bytes: u64,
+    jobs: Jobs,
     rate: Option<f64>,
-    /// Requests a second, by round.
-    by_round: Vec<f64>,
     /// Driver and device were in one process.
     stepped: bool,
 }
@@ -158,58 +215,37 @@ impl Sum {
         Ok(Self {
             row,
             stepped: tsc_khz.is_none(),
-            tsc_khz: tsc_khz.unwrap_or(0),
-            rounds: 0,
-            requests: 0,
-            ticks: 0,
-            latency: Latencies::new()?,
-            costs: Costs::default(),
-            features: Features::empty(),
-            verified_bytes: 0,
+            jobs: Jobs::new(tsc_khz.unwrap_or(0))?,
             rate: None,
-            by_round: Vec::new(),
         })
     }
 
     /// Adds a measurement.
     pub fn add(&mut self, measurement: &Measurement, rate: Option<f64>) {
-        let report = &measurement.report;
-        let ticks = report.end.get().saturating_sub(report.start.get());
-        let requests = report.requests.get();
-        self.rounds += 1;
-        self.requests += requests;
-        self.ticks += ticks;
-        self.by_round
-            .push(requests as f64 / self.seconds_of(ticks).max(1e-9));
-        self.latency.add(&measurement.latencies, self.tsc_khz);
-        self.costs.add(report, measurement.host.as_ref());
-        self.features = Features::from_bits_retain(report.features.get());
-        self.verified_bytes += report.verified_bytes.get();
+        let host = measurement.host.as_ref();
+        self.jobs
+            .add(&measurement.report, &measurement.latencies, host);
         self.rate = rate;
-    }
-
-    fn seconds_of(&self, ticks: u64) -> f64 {
-        ticks as f64 / (f64::from(self.tsc_khz.max(1)) * 1000.0)
     }
 
     /// Requests a second, if that was measured.
     #[must_use]
     pub fn iops(&self) -> Option<f64> {
-        let seconds = self.seconds_of(self.ticks);
-        (self.requests > 0 && seconds > 0.0).then(|| self.requests as f64 / seconds)
+        let seconds = self.jobs.seconds()?;
+        Some(self.jobs.done as f64 / seconds)
     }
 
     /// The figures of the row; `None` if nothing was measured.
     #[must_use]
     pub fn result(&self) -> Option<RowResult> {
-        if self.requests == 0 {
+        let Self { row, jobs, .. } = self;
+        if jobs.done == 0 {
             return None;
         }
         let iops = self.iops();
-        let row = &self.row;
-        let per_request = |count: u64| count as f64 / self.requests as f64;
-        let exits = self.costs.exits(true);
-        let cpu = self.costs.cpu(self.requests);
+        let per_request = |count: u64| jobs.each(count);
+        let exits = jobs.costs.exits(true);
+        let cpu = jobs.cpu();
         Some(RowResult {
             name: if self.stepped {
                 row.to_string().replace("/pvkit", "/join")
@@ -222,34 +258,34 @@ impl Sum {
             vmm: if self.stepped { "join" } else { row.vmm.name() },
             transport: row.device.transport(),
             ring: row.device.is_virtio().then_some(row.ring.name()),
-            features: feature_names(row.device, self.features),
+            features: feature_names(row.device, jobs.features),
             access: access_name(row.access),
             completion: completion_name(row.completion),
             loop_: row.looping.name(),
             rate: self.rate,
             depth: row.depth,
             block_bytes: row.block_bytes,
-            rounds: self.rounds,
-            samples: self.latency.samples(),
+            rounds: jobs.rounds,
+            samples: jobs.latency.samples(),
             spin_us: row.spin_us,
             guest_spin_us: row.guest_spin_us,
             iops,
-            iops_by_round: self.by_round.clone(),
+            iops_by_round: jobs.by_round.clone(),
             mib_per_s: iops.map(|iops| iops * f64::from(row.block_bytes) / f64::from(1 << 20)),
-            p50_us: self.latency.microseconds(0.5),
-            p99_us: self.latency.microseconds(0.99),
-            p999_us: self.latency.microseconds(0.999),
-            max_us: self.latency.max_us(),
+            p50_us: jobs.latency.microseconds(0.5),
+            p99_us: jobs.latency.microseconds(0.99),
+            p999_us: jobs.latency.microseconds(0.999),
+            max_us: jobs.latency.max_us(),
             exits_per_request: per_request(exits.values().sum()),
             exits,
-            exits_counted_by: self.costs.counted_by(self.stepped),
-            kicks_per_request: per_request(self.costs.kicks),
-            interrupts_per_request: per_request(self.costs.interrupts),
-            halts_per_request: per_request(self.costs.halts),
+            exits_counted_by: jobs.costs.counted_by(self.stepped),
+            kicks_per_request: per_request(jobs.costs.kicks),
+            interrupts_per_request: per_request(jobs.costs.interrupts),
+            halts_per_request: per_request(jobs.costs.halts),
             host_cpu_us_per_request: cpu.map(|cpu| cpu.total()),
             cpu_us_per_request: cpu,
-            verified: self.verified_bytes > 0,
-            verified_bytes: self.verified_bytes,
+            verified: jobs.verified_bytes > 0,
+            verified_bytes: jobs.verified_bytes,
         })
     }
 }
@@ -320,6 +356,16 @@ pub struct RowResult {
     pub verified_bytes: u64,
 }
 
+/// The first through the second.
+pub(crate) fn ratio(a: f64, b: f64) -> Option<f64> {
+    (b > 0.0).then(|| a / b)
+}
+
+/// The same, if there are both.
+pub(crate) fn both(a: Option<f64>, b: Option<f64>) -> Option<f64> {
+    ratio(a?, b?)
+}
+
 /// Two rows side by side: all ratios are the first through the second.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[expect(
@@ -342,8 +388,6 @@ impl Pair {
     /// Compares two rows.
     #[must_use]
     pub fn new(a: &RowResult, b: &RowResult) -> Self {
-        let ratio = |a: f64, b: f64| (b > 0.0).then(|| a / b);
-        let both = |a: Option<f64>, b: Option<f64>| ratio(a?, b?);
         Self {
             a: a.name.clone(),
             b: b.name.clone(),
@@ -364,10 +408,20 @@ fn feature_names(device: DeviceKind, features: Features) -> Vec<String> {
         return Vec::new();
     }
     let block = BlockFeatures::from(features);
-    let rest = features - Features::from(block);
+    names_of(features, block.into(), block.iter_names())
+}
+
+/// Names of `features`, of which `own`, which a type of device has for itself,
+/// come last.
+pub(crate) fn names_of<F>(
+    features: Features,
+    own: Features,
+    own_names: impl Iterator<Item = (&'static str, F)>,
+) -> Vec<String> {
+    let rest = features - own;
     let names = rest.iter_names().map(|(name, _)| name);
     names
-        .chain(block.iter_names().map(|(name, _)| name))
+        .chain(own_names.map(|(name, _)| name))
         .map(str::to_owned)
         .collect()
 }

@@ -1,8 +1,11 @@
 //! The `pvkit-bench` program: what it leaves behind, and what it says.
 
+mod common;
+
+use common::skipped;
 use pvkit_bench::instructions;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,10 +15,6 @@ fn bench(filter: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pvkit-bench"));
     command.args(["--join", "--rounds", "1", "--filter", filter]);
     command
-}
-
-fn skipped(why: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
 }
 
 const ROW: &str = "randread-4k-qd1-polled/ide-dma/pvkit";

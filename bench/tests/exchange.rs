@@ -1,26 +1,22 @@
 //! Two virtual machines that exchange frames through the switch.
 
+mod common;
+
+use common::{alone, skipped};
 use pvkit_bench::image;
 use pvkit_bench::net::pass::{Exchange, exchange};
 use pvkit_bench::net::row::Card;
 use pvkit_bench::pass::Settings;
 use pvkit_host::link::switch::{Switch, SwitchOptions};
 use pvkit_host::vmm;
-use std::io::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
-
-/// One pair of machines at a time: they share few processors.
-fn alone() -> MutexGuard<'static, ()> {
-    static MACHINES: Mutex<()> = Mutex::new(());
-    MACHINES.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn settings() -> Option<Settings> {
     match vmm::tsc_khz() {
         Ok(tsc_khz) => Some(Settings::new(tsc_khz, Duration::from_millis(30))),
         Err(error) => {
-            let _ = writeln!(std::io::stderr().lock(), "skipped: {error}");
+            skipped(&error.to_string());
             None
         }
     }

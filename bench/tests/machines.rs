@@ -1,6 +1,9 @@
 //! The guest image on real monitors: what a request costs where the count is
 //! exact, and that wrong data fails the run.
 
+mod common;
+
+use common::{alone, skipped};
 use pvkit_bench::pass::{self, Measurement, Settings, Task};
 use pvkit_bench::plan::base_row;
 use pvkit_bench::row::{DeviceKind, Driver, Ring, Row};
@@ -11,20 +14,7 @@ use pvkit_host::vmm;
 use pvkit_protocol::virtio::Features;
 use pvkit_workload::script::{Access, Completion};
 use std::io::{Seek, SeekFrom, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-fn skipped(why: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
-}
-
-/// One machine at a time: where several share few processors and write their
-/// files at once, a disk takes longer, and a guest that polls it looks more
-/// often.
-fn alone() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn settings(tsc_khz: u32) -> Settings {
     Settings::new(tsc_khz, Duration::from_millis(30))

@@ -1,6 +1,9 @@
 //! The guest image on network cards: what frames cost where the count is exact,
 //! that they are what was sent, and TCP from end to end.
 
+mod common;
+
+use common::{alone, skipped};
 use pvkit_bench::image;
 use pvkit_bench::machine::Machine;
 use pvkit_bench::net::pass::{self, NetMeasurement, NetTask};
@@ -12,19 +15,7 @@ use pvkit_bench::scratch::Scratch;
 use pvkit_host::vmm;
 use pvkit_workload::net::job::NetWork;
 use pvkit_workload::script::Completion;
-use std::io::Write;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-fn skipped(why: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
-}
-
-/// One machine at a time: they share few processors.
-fn alone() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 const CARDS: [Card; 3] = [Card::VirtioNet, Card::VirtioNetPci, Card::E1000];
 const FRAMES: [NetWork; 3] = [NetWork::Transmit, NetWork::Receive, NetWork::RoundTrip];

@@ -2,17 +2,16 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Arena;
-use crate::pci::{AnyWire, BarWindow, FREE_MEMORY, Interrupts, Nothing};
+use crate::pci::{AnyWire, BarWindow, FREE_MEMORY, Interrupts, Nothing, bus, config_ports};
 use crate::port::PortWire;
 use crate::stepped::{Steps, stepped};
 use crate::wire::Wire;
 use pvkit_guest::emulated::e1000::{attach, find};
 use pvkit_guest::pci::{MemoryBar, PciConfig};
-use pvkit_host::emulated::ata::LegacyPorts;
 use pvkit_host::emulated::e1000::{E1000, E1000Counters, E1000Options};
 use pvkit_host::executor::Executor;
 use pvkit_host::link::Link;
-use pvkit_host::pci::{ConfigPorts, PciRoot, bridge};
+use pvkit_host::pci::PciRoot;
 use pvkit_host::virtio::device::DeviceEvents;
 use pvkit_host::virtio::queue::Fault;
 use pvkit_protocol::emulated::e1000::register;
@@ -93,16 +92,9 @@ impl E1000Join {
             .start(0, Box::new(worker), Arc::new(NoEvents))
             .expect("a place for the worker");
         let card = Arc::new(Mutex::new(card));
-        let root = Arc::new(PciRoot::new(interrupts.clone()));
-        bridge::attach(&root).expect("free places");
-        root.attach(PLACE, card.clone()).expect("a free place");
-        let config = LegacyPorts {
-            base: ConfigPorts::BASE,
-            count: ConfigPorts::COUNT,
-            device: Box::new(ConfigPorts::new(root.clone())),
-        };
+        let root = bus(interrupts.clone(), PLACE, card.clone());
         Self {
-            ports: PortWire::new(vec![config], root.clone()),
+            ports: PortWire::new(vec![config_ports(&root)], root.clone()),
             wire: Wire::new(Box::new(Nothing)),
             arena,
             card,

@@ -2,13 +2,12 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Arena;
+use crate::pci::{bus, config_ports};
 use crate::port::PortWire;
 use pvkit_guest::emulated::ata::{Channel, find_controller};
 use pvkit_guest::pci::{PciConfig, PortPool};
-use pvkit_host::emulated::ata::{
-    AtaCounters, DriveOptions, Ide, IdeWorker, LegacyPorts, Which, legacy_ports,
-};
-use pvkit_host::pci::{ConfigPorts, IntxLines, PciRoot, bridge};
+use pvkit_host::emulated::ata::{AtaCounters, DriveOptions, Ide, IdeWorker, Which, legacy_ports};
+use pvkit_host::pci::{IntxLines, PciRoot};
 use pvkit_host::worker::{Progress, SignalCounter, Worker};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -53,15 +52,9 @@ impl IdeJoin {
         let [irq14, irq15] = interrupts.clone();
         let memory = arena.guest_memory().clone();
         let ide = Ide::new(memory, drives, [irq14, irq15]).expect("drives");
-        let root = Arc::new(PciRoot::new(Arc::new(NoLines)));
-        bridge::attach(&root).expect("free places");
-        root.attach(Ide::PLACE, ide.clone()).expect("a free place");
+        let root = bus(Arc::new(NoLines), Ide::PLACE, ide.clone());
         let mut devices = legacy_ports(&ide);
-        devices.push(LegacyPorts {
-            base: ConfigPorts::BASE,
-            count: ConfigPorts::COUNT,
-            device: Box::new(ConfigPorts::new(root.clone())),
-        });
+        devices.push(config_ports(&root));
         Self {
             worker: IdeWorker::new(ide.clone()).expect("file descriptors"),
             wire: PortWire::new(devices, root.clone()),

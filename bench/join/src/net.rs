@@ -1,12 +1,14 @@
-//! A virtio network device, ready for a driver.
+//! A virtio network device, ready for a driver, and what comes out at the other
+//! end of its link.
 #![forbid(unsafe_code)]
 
 use crate::machine::{Kind, Machine};
 use crate::stepped::{Steps, stepped};
 use pvkit_host::executor::Executor;
-use pvkit_host::link::Link;
+use pvkit_host::link::{Delivered, FrameSink, Link};
 use pvkit_host::virtio::device::Device;
 use pvkit_host::virtio::net::{Net, NetControlCounters, NetCounters, NetOptions};
+use pvkit_protocol::frame::FrameMeta;
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -78,5 +80,17 @@ impl NetJoin {
         let (executor, steps) = stepped();
         let join = Self::new(kind, link, options, Box::new(executor), bytes);
         (join, steps)
+    }
+}
+
+/// Frames that came in at an end of a link, and what was said of them. There is
+/// always room for more.
+#[derive(Debug, Default)]
+pub struct Received(pub Vec<(Vec<u8>, FrameMeta)>);
+
+impl FrameSink for Received {
+    fn deliver(&mut self, frame: &[u8], meta: &FrameMeta) -> Delivered {
+        self.0.push((frame.to_vec(), *meta));
+        Delivered::Taken
     }
 }

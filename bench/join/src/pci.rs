@@ -9,7 +9,7 @@ use pvkit_host::bus::BusDevice;
 use pvkit_host::emulated::ata::LegacyPorts;
 use pvkit_host::executor::Executor;
 use pvkit_host::memory::GuestMemory;
-use pvkit_host::pci::{ConfigPorts, IntxLines, Message, Messages, PciRoot, bridge};
+use pvkit_host::pci::{ConfigPorts, IntxLines, Message, Messages, PciFunction, PciRoot, bridge};
 use pvkit_host::virtio::device::Device;
 use pvkit_host::virtio::transport::{PciOptions, PciTransport as HostTransport};
 use pvkit_host::worker::{Signal, SignalCounter};
@@ -148,6 +148,27 @@ impl Window for Nothing {
     }
 }
 
+/// A bus with a host bridge, and a function at `place`.
+pub(crate) fn bus(
+    lines: Arc<dyn IntxLines>,
+    place: Bdf,
+    function: Arc<Mutex<dyn PciFunction>>,
+) -> Arc<PciRoot> {
+    let root = Arc::new(PciRoot::new(lines));
+    bridge::attach(&root).expect("free places");
+    root.attach(place, function).expect("a free place");
+    root
+}
+
+/// The ports of configuration space.
+pub(crate) fn config_ports(root: &Arc<PciRoot>) -> LegacyPorts {
+    LegacyPorts {
+        base: ConfigPorts::BASE,
+        count: ConfigPorts::COUNT,
+        device: Box::new(ConfigPorts::new(root.clone())),
+    }
+}
+
 /// A machine with one virtio device on its PCI bus. No firmware has run: no
 /// base address register has an address.
 #[derive(Debug, Clone)]
@@ -179,16 +200,9 @@ impl VirtioPci {
         let interrupts = Arc::new(Interrupts::default());
         let function = HostTransport::new(device, memory, executor, interrupts.clone(), options);
         let function = Arc::new(Mutex::new(function.expect("a function")));
-        let root = Arc::new(PciRoot::new(interrupts.clone()));
-        bridge::attach(&root).expect("free places");
-        root.attach(PLACE, function.clone()).expect("a free place");
-        let config = LegacyPorts {
-            base: ConfigPorts::BASE,
-            count: ConfigPorts::COUNT,
-            device: Box::new(ConfigPorts::new(root.clone())),
-        };
+        let root = bus(interrupts.clone(), PLACE, function.clone());
         Self {
-            ports: PortWire::new(vec![config], root.clone()),
+            ports: PortWire::new(vec![config_ports(&root)], root.clone()),
             function,
             root,
             interrupts,

@@ -6,9 +6,9 @@ use pvkit_guest::emulated::e1000::{
 };
 use pvkit_guest::net::{Checksum, FrameMeta, HEADROOM, NetRx, NetTx, Offloads};
 use pvkit_host::link::switch::{Endpoint, Switch, SwitchOptions};
-use pvkit_host::link::{Delivered, FrameSink};
 use pvkit_join::arena::ArenaSpace;
 use pvkit_join::e1000::E1000Join;
+use pvkit_join::net::Received;
 use pvkit_join::packets::{Packet, payload};
 use pvkit_join::pci::AnyWire;
 use pvkit_join::stepped::Steps;
@@ -16,16 +16,6 @@ use pvkit_protocol::frame::MacAddress;
 
 const GUEST: MacAddress = MacAddress::local(1);
 const HOST: MacAddress = MacAddress::local(9);
-
-#[derive(Default)]
-struct Got(Vec<(Vec<u8>, FrameMeta)>);
-
-impl FrameSink for Got {
-    fn deliver(&mut self, frame: &[u8], meta: &FrameMeta) -> Delivered {
-        self.0.push((frame.to_vec(), *meta));
-        Delivered::Taken
-    }
-}
 
 struct Joined {
     join: E1000Join,
@@ -101,7 +91,7 @@ impl Joined {
     }
 
     fn host_got(&mut self) -> Vec<(Vec<u8>, FrameMeta)> {
-        let mut got = Got::default();
+        let mut got = Received::default();
         self.host.as_mut().unwrap().receive(&mut got, u32::MAX);
         got.0
     }

@@ -6,10 +6,9 @@
 use pvkit_guest::net::{BadFrame, FrameMeta, HEADROOM, NetRx, NetTx, Offloads, Reason};
 use pvkit_guest::virtio::net::{Command, Net, NetOptions, PairOf};
 use pvkit_host::link::switch::{Endpoint, Switch, SwitchOptions};
-use pvkit_host::link::{Delivered, FrameSink};
 use pvkit_host::virtio::net::NetOptions as DeviceOptions;
 use pvkit_join::any::{AnySpace, AnyTransport};
-use pvkit_join::net::NetJoin;
+use pvkit_join::net::{NetJoin, Received};
 use pvkit_join::packets::{Packet, payload};
 use pvkit_join::pci::AnyWire;
 use pvkit_join::stepped::{Steps, stepped};
@@ -66,16 +65,6 @@ fn combinations() -> impl Iterator<Item = Combination> {
             })
         })
     })
-}
-
-#[derive(Default)]
-struct Got(Vec<(Vec<u8>, FrameMeta)>);
-
-impl FrameSink for Got {
-    fn deliver(&mut self, frame: &[u8], meta: &FrameMeta) -> Delivered {
-        self.0.push((frame.to_vec(), *meta));
-        Delivered::Taken
-    }
 }
 
 struct Joined {
@@ -189,7 +178,7 @@ impl Joined {
     }
 
     fn host_got(&mut self) -> Vec<(Vec<u8>, FrameMeta)> {
-        let mut got = Got::default();
+        let mut got = Received::default();
         self.host.receive(&mut got, u32::MAX);
         got.0
     }

@@ -2,7 +2,7 @@
 
 use super::pass::NetMeasurement;
 use super::row::{NetRow, direction_name};
-use crate::measure::{Costs, Cpu, Latencies};
+use crate::measure::{Cpu, Jobs, both, names_of, ratio};
 use crate::row::completion_name;
 use anyhow::Result;
 use pvkit_protocol::frame::Offloads;
@@ -15,20 +15,11 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub struct NetSum {
     row: NetRow,
-    tsc_khz: u32,
-    rounds: u32,
-    frames: u64,
+    jobs: Jobs,
     sent: u64,
     received: u64,
     stream_bytes: u64,
-    ticks: u64,
-    latency: Latencies,
-    costs: Costs,
-    features: Features,
     offloads: [Offloads; 2],
-    verified_bytes: u64,
-    /// Frames a second, by round.
-    by_round: Vec<f64>,
 }
 
 impl NetSum {
@@ -39,67 +30,42 @@ impl NetSum {
     pub fn new(row: NetRow, tsc_khz: u32) -> Result<Self> {
         Ok(Self {
             row,
-            tsc_khz,
-            rounds: 0,
-            frames: 0,
+            jobs: Jobs::new(tsc_khz)?,
             sent: 0,
             received: 0,
             stream_bytes: 0,
-            ticks: 0,
-            latency: Latencies::new()?,
-            costs: Costs::default(),
-            features: Features::empty(),
             offloads: [Offloads::empty(); 2],
-            verified_bytes: 0,
-            by_round: Vec::new(),
         })
     }
 
     /// Adds a measurement.
     pub fn add(&mut self, measurement: &NetMeasurement) {
         let report = &measurement.report;
-        let job = &report.job;
-        let ticks = job.end.get().saturating_sub(job.start.get());
-        let frames = job.requests.get();
-        self.rounds += 1;
-        self.frames += frames;
+        let host = measurement.host.as_ref();
+        self.jobs.add(&report.job, &measurement.latencies, host);
         self.sent += report.sent.get();
         self.received += report.received.get();
         self.stream_bytes += report.stream_bytes.get();
-        self.ticks += ticks;
-        self.by_round
-            .push(frames as f64 / self.seconds_of(ticks).max(1e-9));
-        self.latency.add(&measurement.latencies, self.tsc_khz);
-        self.costs.add(job, measurement.host.as_ref());
-        self.features = Features::from_bits_retain(job.features.get());
         let offloads = report.offloads.get();
         self.offloads =
             [offloads, offloads >> 16].map(|bits| Offloads::from_bits_truncate(bits as u8));
-        self.verified_bytes += job.verified_bytes.get();
-    }
-
-    fn seconds_of(&self, ticks: u64) -> f64 {
-        ticks as f64 / (f64::from(self.tsc_khz.max(1)) * 1000.0)
     }
 
     /// The figures of the row; `None` if nothing was measured.
     #[must_use]
     pub fn result(&self) -> Option<NetResult> {
-        let seconds = self.seconds_of(self.ticks);
-        if self.frames == 0 || seconds <= 0.0 {
-            return None;
-        }
-        let row = &self.row;
+        let Self { row, jobs, .. } = self;
+        let seconds = jobs.seconds()?;
         let stream = row.is_stream();
-        let per_frame = |count: u64| count as f64 / self.frames as f64;
+        let per_frame = |count: u64| jobs.each(count);
         // Those of an e1000 are register accesses, and counted among them.
-        let exits = self.costs.exits(row.card.is_virtio());
-        let cpu = self.costs.cpu(self.frames);
-        let pps = self.frames as f64 / seconds;
+        let exits = jobs.costs.exits(row.card.is_virtio());
+        let cpu = jobs.cpu();
+        let pps = jobs.done as f64 / seconds;
         let bytes = if stream {
             self.stream_bytes as f64
         } else {
-            self.frames as f64 * f64::from(row.frame_bytes)
+            jobs.done as f64 * f64::from(row.frame_bytes)
         };
         Some(NetResult {
             name: row.to_string(),
@@ -109,7 +75,7 @@ impl NetSum {
             vmm: row.vmm.name(),
             transport: row.card.transport(),
             wire: row.wire.name(),
-            features: feature_names(row, self.features),
+            features: feature_names(row, jobs.features),
             offloads: OffloadNames {
                 transmit: names(self.offloads[0]),
                 receive: names(self.offloads[1]),
@@ -119,30 +85,30 @@ impl NetSum {
             frame_bytes: (!stream).then_some(row.frame_bytes),
             completion: completion_name(row.completion),
             rate: (row.rate > 0).then(|| f64::from(row.rate)),
-            rounds: self.rounds,
-            samples: self.latency.samples(),
+            rounds: jobs.rounds,
+            samples: jobs.latency.samples(),
             spin_us: row.spin_us,
             pps,
-            pps_by_round: self.by_round.clone(),
-            frames: self.frames,
+            pps_by_round: jobs.by_round.clone(),
+            frames: jobs.done,
             received: self.received,
             lost: (!stream).then(|| self.sent.saturating_sub(self.received)),
             stream_bytes: self.stream_bytes,
             mib_per_s: bytes / seconds / f64::from(1 << 20),
-            p50_us: self.latency.microseconds(0.5),
-            p99_us: self.latency.microseconds(0.99),
-            p999_us: self.latency.microseconds(0.999),
-            max_us: self.latency.max_us(),
+            p50_us: jobs.latency.microseconds(0.5),
+            p99_us: jobs.latency.microseconds(0.99),
+            p999_us: jobs.latency.microseconds(0.999),
+            max_us: jobs.latency.max_us(),
             exits_per_frame: per_frame(exits.values().sum()),
             exits,
-            exits_counted_by: self.costs.counted_by(false),
-            kicks_per_frame: per_frame(self.costs.kicks),
-            interrupts_per_frame: per_frame(self.costs.interrupts),
-            halts_per_frame: per_frame(self.costs.halts),
+            exits_counted_by: jobs.costs.counted_by(false),
+            kicks_per_frame: per_frame(jobs.costs.kicks),
+            interrupts_per_frame: per_frame(jobs.costs.interrupts),
+            halts_per_frame: per_frame(jobs.costs.halts),
             host_cpu_us_per_frame: cpu.map(|cpu| cpu.total()),
             cpu_us_per_frame: cpu,
-            verified: self.verified_bytes > 0,
-            verified_bytes: self.verified_bytes,
+            verified: jobs.verified_bytes > 0,
+            verified_bytes: jobs.verified_bytes,
         })
     }
 }
@@ -228,8 +194,6 @@ impl NetPair {
     /// Compares two rows.
     #[must_use]
     pub fn new(a: &NetResult, b: &NetResult) -> Self {
-        let ratio = |a: f64, b: f64| (b > 0.0).then(|| a / b);
-        let both = |a: Option<f64>, b: Option<f64>| ratio(a?, b?);
         // Streams differ in what a frame is: one that is to be cut counts as
         // one.
         let frames = a.frame_bytes.is_some();
@@ -261,10 +225,5 @@ fn feature_names(row: &NetRow, features: Features) -> Vec<String> {
         return Vec::new();
     }
     let net = NetFeatures::from(features);
-    let rest = features - Features::from(net);
-    let names = rest.iter_names().map(|(name, _)| name);
-    names
-        .chain(net.iter_names().map(|(name, _)| name))
-        .map(str::to_owned)
-        .collect()
+    names_of(features, net.into(), net.iter_names())
 }

@@ -1,7 +1,7 @@
 //! The tables of network rows on standard output.
 
 use super::result::{NetPair, NetResult};
-use crate::output::table::{figure, optional, table};
+use crate::output::table::{figure, optional, spin, table};
 
 /// What the cards are plugged into.
 #[must_use]
@@ -39,11 +39,6 @@ pub fn results(results: &[NetResult]) -> String {
     ];
     let mut table = table(&header, 4);
     for row in results {
-        let spin = match row.spin_us {
-            None => "-".to_owned(),
-            Some(0) => "off".to_owned(),
-            Some(us) => format!("{us} µs"),
-        };
         let cpu = row.cpu_us_per_frame;
         let card = match row.wire {
             "tap" => row.device.clone(),
@@ -53,7 +48,7 @@ pub fn results(results: &[NetResult]) -> String {
             row.case.clone(),
             card,
             row.vmm.to_owned(),
-            spin,
+            spin(row.spin_us),
             figure(row.pps),
             figure(row.mib_per_s),
             row.lost.map_or("-".to_owned(), |lost| lost.to_string()),

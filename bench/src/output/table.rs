@@ -41,6 +41,15 @@ pub(crate) fn optional(value: Option<f64>) -> String {
     value.map_or("-".to_owned(), figure)
 }
 
+/// How long a worker spins, if it can.
+pub(crate) fn spin(us: Option<u32>) -> String {
+    match us {
+        None => "-".to_owned(),
+        Some(0) => "off".to_owned(),
+        Some(us) => format!("{us} µs"),
+    }
+}
+
 /// All rows.
 #[must_use]
 pub fn results(results: &[RowResult]) -> String {
@@ -73,13 +82,6 @@ pub fn results(results: &[RowResult]) -> String {
     );
     for row in results {
         let cpu = row.cpu_us_per_request;
-        let spin = row.spin_us.map_or("-".to_owned(), |us| {
-            if us == 0 {
-                "off".to_owned()
-            } else {
-                format!("{us} µs")
-            }
-        });
         table.add_row([
             row.case.clone(),
             if drivers {
@@ -88,7 +90,7 @@ pub fn results(results: &[RowResult]) -> String {
                 row.device.clone()
             },
             row.vmm.to_owned(),
-            spin,
+            spin(row.spin_us),
             row.depth.to_string(),
             optional(row.iops),
             optional(row.mib_per_s),

@@ -103,6 +103,24 @@ impl Buffer {
         }))
     }
 
+    /// One of `spare`, or else a new one of `len` bytes.
+    pub(super) fn spare(
+        spare: &mut Vec<Self>,
+        pool: &mut Pool,
+        arena: &Arena,
+        inside: bool,
+        len: usize,
+    ) -> Option<Self> {
+        let fits = |buffer: &Self| buffer.is_outside() != inside;
+        if let Some(index) = spare.iter().position(fits) {
+            return Some(spare.swap_remove(index));
+        }
+        match inside {
+            true => Self::inside(arena, len),
+            false => Self::outside(pool, len),
+        }
+    }
+
     fn piece(&self) -> NonNull<[u8]> {
         match self {
             Self::Outside(outside) => NonNull::slice_from_raw_parts(outside.start, outside.len),

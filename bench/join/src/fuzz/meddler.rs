@@ -2,10 +2,16 @@
 //! lies.
 #![forbid(unsafe_code)]
 
-use crate::wire::Window;
+use crate::arena::Arena;
+use crate::stepped::{Steps, stepped};
+use crate::wire::{Window, Wire};
+use pvkit_guest::virtio::transport::MmioTransport as GuestTransport;
 use pvkit_host::bus::BusDevice;
+use pvkit_host::virtio::device::Device;
 use pvkit_host::virtio::transport::MmioTransport;
+use pvkit_host::worker::SignalCounter;
 use pvkit_protocol::virtio::mmio;
+use std::sync::Arc;
 
 /// The addresses that the driver gave for a queue.
 #[derive(Debug, Clone, Copy, Default)]
@@ -37,13 +43,19 @@ struct Lie {
 }
 
 impl Meddler {
-    pub(super) fn new(device: MmioTransport) -> Self {
-        Self {
-            device,
+    /// In front of a device that sees `arena` and is driven by hand.
+    pub(super) fn over(device: Box<dyn Device>, arena: &Arena) -> (Wire<Self>, Steps) {
+        let (executor, steps) = stepped();
+        let memory = arena.guest_memory().clone();
+        let signal = Arc::new(SignalCounter::default());
+        let device = MmioTransport::new(device, memory, Box::new(executor), signal);
+        let wire = Wire::new(Self {
+            device: device.expect("event counters"),
             places: [Place::default(); QUEUES],
             selected: 0,
             lies: Vec::new(),
-        }
+        });
+        (wire, steps)
     }
 
     pub(super) fn place(&self, queue: u16) -> Place {
@@ -64,6 +76,13 @@ impl Meddler {
     pub(super) fn tell_the_truth(&mut self) {
         self.lies.clear();
     }
+}
+
+/// The driver's view of the device, which gives up a reset soon.
+pub(super) fn transport(wire: &Wire<Meddler>) -> GuestTransport<Wire<Meddler>> {
+    GuestTransport::new(wire.clone())
+        .expect("a virtio-mmio device")
+        .with_reset_reads(16)
 }
 
 impl Window for Meddler {}

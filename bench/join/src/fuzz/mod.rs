@@ -18,6 +18,7 @@
 mod block;
 mod buffer;
 mod e1000;
+mod far_end;
 mod forge;
 mod meddler;
 mod meddling;
@@ -33,6 +34,7 @@ pub use offload::frame_offload;
 pub use pci::pci_config;
 
 use crate::arena::{Arena, BASE};
+use arbitrary::{Arbitrary, Unstructured};
 use std::cell::RefCell;
 
 thread_local! {
@@ -56,4 +58,17 @@ fn clean_arena(bytes: usize) -> Arena {
 fn keep_arena(arena: Arena) {
     assert_eq!((arena.in_use(), arena.leaked()), (0, 0), "memory is free");
     ARENAS.with_borrow_mut(|arenas| arenas.push(arena));
+}
+
+/// Plays a script of up to `most` actions.
+fn play<'a, A: Arbitrary<'a>>(bytes: &mut Unstructured<'a>, most: usize, mut act: impl FnMut(A)) {
+    for _ in 0..most {
+        if bytes.is_empty() {
+            break;
+        }
+        let Ok(action) = A::arbitrary(bytes) else {
+            break;
+        };
+        act(action);
+    }
 }

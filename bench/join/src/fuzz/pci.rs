@@ -10,7 +10,7 @@
 //! is; a driver looks at registers only where they are, and not for ever.
 #![forbid(unsafe_code)]
 
-use super::{clean_arena, keep_arena};
+use super::{clean_arena, keep_arena, play};
 use crate::arena::Arena;
 use crate::disk::pattern;
 use crate::hostile::function::{LyingFunction, PLACE as LIAR, Wall};
@@ -160,15 +160,7 @@ fn guest_writes(vectors: u8, arena: &Arena, bytes: &mut Unstructured<'_>) {
         (config.read_u32(PLACE, header::VENDOR), list)
     };
     let before = fixed(&pci);
-    for _ in 0..ACTIONS {
-        if bytes.is_empty() {
-            break;
-        }
-        let Ok(action) = Action::arbitrary(bytes) else {
-            break;
-        };
-        act(&pci, &steps, action);
-    }
+    play(bytes, ACTIONS, |action| act(&pci, &steps, action));
     assert_eq!(fixed(&pci), before, "what a guest cannot write");
     // What was left there would otherwise be where the driver looks.
     for bar in 0..header::BARS {

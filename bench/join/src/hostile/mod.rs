@@ -6,7 +6,7 @@
 //! - [`device`] is a device that lies: the shipped driver believes that it
 //!   drives a disk.
 //! - [`net_device`] is one of which the driver believes that it is a network
-//!   card.
+//!   card. What both share is [`liar`].
 //!
 //! All behave well until a script tells them otherwise, so that each test
 //! reads like the one thing it does wrong.
@@ -16,6 +16,7 @@ pub mod device;
 #[allow(unsafe_code)]
 pub mod function;
 pub mod guest;
+pub mod liar;
 pub mod net_device;
 
 /// Numbers that look random and are the same in every run (xorshift64).

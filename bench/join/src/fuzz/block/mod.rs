@@ -15,11 +15,11 @@ mod action;
 
 use super::buffer::{Buffer, EMPTY, Pool};
 use super::forge::Forge;
-use super::meddler::Meddler;
-use super::{Area, clean_arena, keep_arena};
+use super::meddler::{Meddler, transport};
+use super::{Area, clean_arena, keep_arena, play};
 use crate::arena::{Arena, ArenaSpace};
 use crate::disk::{Order, RecordingDisk, pattern};
-use crate::stepped::{Steps, stepped};
+use crate::stepped::Steps;
 use crate::wire::Wire;
 use action::{Action, Setup};
 use arbitrary::{Arbitrary, Unstructured};
@@ -28,8 +28,7 @@ use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
 use pvkit_guest::virtio::transport::MmioTransport as GuestTransport;
 use pvkit_host::bus::BusDevice;
 use pvkit_host::virtio::block::{Block as Device, BlockOptions as DeviceOptions};
-use pvkit_host::virtio::transport::MmioTransport as HostTransport;
-use pvkit_host::worker::{Progress, SignalCounter};
+use pvkit_host::worker::Progress;
 use pvkit_protocol::virtio::block::{RequestHeader, RequestType};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -58,15 +57,7 @@ pub fn block_join(data: &[u8]) {
         return;
     };
     let mut world = World::new(setup, clean_arena(ARENA_BYTES));
-    for _ in 0..ACTIONS {
-        if bytes.is_empty() {
-            break;
-        }
-        let Ok(action) = Action::arbitrary(&mut bytes) else {
-            break;
-        };
-        world.act(action);
-    }
+    play(&mut bytes, ACTIONS, |action| world.act(action));
     keep_arena(world.end());
 }
 
@@ -117,19 +108,9 @@ impl World {
             in_order: setup.in_order,
             ..DeviceOptions::default()
         };
-        let (executor, steps) = stepped();
         let device = Device::new(Arc::new(disk.clone()), options).expect("block options");
-        let device = HostTransport::new(
-            Box::new(device),
-            arena.guest_memory().clone(),
-            Box::new(executor),
-            Arc::new(SignalCounter::default()),
-        )
-        .expect("event counters");
-        let wire = Wire::new(Meddler::new(device));
-        let transport = GuestTransport::new(wire.clone())
-            .expect("a virtio-mmio device")
-            .with_reset_reads(16);
+        let (wire, steps) = Meddler::over(Box::new(device), &arena);
+        let transport = transport(&wire);
         let mut space = arena.space();
         if setup.segments {
             space = space.with_segments_of(512);

@@ -82,7 +82,7 @@ impl World {
 
     /// Frames go both ways.
     fn works(&mut self) {
-        self.host = None;
+        self.far.unplug();
         // The card's inbox is empty, and it has heard of the link.
         while self.steps.poll(u32::MAX).contains(&Progress::More) {
             while self.receive(false) {}

@@ -11,8 +11,9 @@ mod action;
 mod ends;
 
 use super::buffer::{Buffer, Pool};
-use super::net::{Frame, GUEST, Got, HOST, INBOX_BYTES, MOST_PAYLOAD, Traffic};
-use super::{clean_arena, keep_arena};
+use super::far_end::{FarEnd, INBOX_BYTES};
+use super::net::{Frame, GUEST, HOST, MOST_PAYLOAD, Traffic};
+use super::{clean_arena, keep_arena, play};
 use crate::arena::{Arena, ArenaSpace, BASE};
 use crate::e1000::E1000Join;
 use crate::pci::BarWindow;
@@ -25,7 +26,6 @@ use pvkit_guest::emulated::e1000::{
 };
 use pvkit_guest::net::{HEADROOM, NetRx, NetTx, Offloads, Reason};
 use pvkit_host::bus::BusDevice;
-use pvkit_host::link::switch::{Endpoint, Switch, SwitchOptions};
 use pvkit_host::pci::PciFunction;
 use pvkit_protocol::emulated::e1000::{Rctl, Tctl, register as r};
 use pvkit_protocol::frame::{DEFAULT_MTU, FrameMeta, max_frame_bytes};
@@ -59,15 +59,7 @@ pub fn e1000(data: &[u8]) {
     } else {
         world.open();
     }
-    for _ in 0..ACTIONS {
-        if bytes.is_empty() {
-            break;
-        }
-        let Ok(action) = Action::arbitrary(&mut bytes) else {
-            break;
-        };
-        world.act(action);
-    }
+    play(&mut bytes, ACTIONS, |action| world.act(action));
     keep_arena(world.end());
 }
 
@@ -119,12 +111,10 @@ struct World {
     /// Buffers to receive lie in guest memory.
     inside: bool,
     drop: bool,
-    host_takes: bool,
     join: E1000Join,
     steps: Steps,
     registers: Registers,
-    switch: Switch,
-    host: Option<Endpoint>,
+    far: FarEnd,
     driver: Option<Driver>,
     /// Of buffers to transmit, and of those to receive.
     pools: [Pool; 2],
@@ -158,14 +148,8 @@ impl World {
             max_polls: 64,
             ..E1000Options::default()
         };
-        let of = SwitchOptions {
-            inbox_bytes: INBOX_BYTES,
-            addresses: 64,
-            ..SwitchOptions::default()
-        };
-        let switch = Switch::new(of);
+        let (far, port) = FarEnd::new(1, bits & 64 != 0);
         let (executor, steps) = stepped();
-        let port = switch.port().expect("a port");
         let join = E1000Join::over(arena, port, GUEST, Box::new(executor));
         let registers = join.attach(|bar| {
             Wire::new(Liar {
@@ -178,7 +162,6 @@ impl World {
         let mut world = Self {
             inside,
             drop: bits & 32 != 0,
-            host_takes: bits & 64 != 0,
             pools: [
                 Pool::new(PLACES, BUFFER_BYTES),
                 Pool::new(
@@ -190,8 +173,7 @@ impl World {
             join,
             steps,
             registers,
-            switch,
-            host: None,
+            far,
             driver: None,
             spare: Vec::new(),
             lent: BTreeMap::new(),
@@ -287,7 +269,7 @@ impl World {
             Action::HostReceive(count) => self.host_receive(count.into()),
             Action::Recover => _ = self.recover(),
             Action::Unplug => {
-                self.host = None;
+                self.far.unplug();
                 self.unheard = true;
                 self.to_host.doubt();
                 self.to_guest.doubt();
@@ -345,7 +327,7 @@ impl World {
             }
             _ => {
                 let link = driver.card.link();
-                let up = self.host.is_some();
+                let up = self.far.is_plugged();
                 let right = link.is_ok_and(|link| self.unheard || link.up == up);
                 assert!(self.meddled || right, "{link:?}");
             }
@@ -390,14 +372,7 @@ impl World {
     }
 
     fn plug(&mut self) {
-        if self.host.is_none() {
-            let host = self.switch.endpoint().expect("a port");
-            if self.host_takes {
-                host.set_receive(Offloads::all());
-            }
-            self.host = Some(host);
-            self.unheard = true;
-        }
+        self.unheard |= self.far.plug();
     }
 
     fn run(&mut self) {
@@ -419,14 +394,8 @@ impl World {
     }
 
     fn buffer(&mut self, inside: bool) -> Option<Buffer> {
-        let fits = |buffer: &Buffer| buffer.is_outside() != inside;
-        if let Some(index) = self.spare.iter().position(fits) {
-            return Some(self.spare.swap_remove(index));
-        }
-        match inside {
-            true => Buffer::inside(&self.join.arena, BUFFER_BYTES),
-            false => Buffer::outside(&mut self.pools[0], BUFFER_BYTES),
-        }
+        let (pool, arena) = (&mut self.pools[0], &self.join.arena);
+        Buffer::spare(&mut self.spare, pool, arena, inside, BUFFER_BYTES)
     }
 
     fn send(&mut self, frame: &Frame) {
@@ -451,7 +420,7 @@ impl World {
             Ok(()) => {
                 assert!(!self.faulty[0], "the half is retired");
                 self.lent.insert(start, (made.bytes.clone(), guards));
-                let sure = self.host.is_some() && !self.unheard && made.honest;
+                let sure = self.far.is_plugged() && !self.unheard && made.honest;
                 self.to_host.sent(made, Some(0), sure);
             }
             Err(refused) => {
@@ -531,30 +500,18 @@ impl World {
     }
 
     fn host_send(&mut self, frame: &Frame) {
-        let Some(host) = &mut self.host else { return };
-        if self.to_guest.cost() > INBOX_BYTES / 4 {
+        if !self.far.is_plugged() || self.to_guest.cost() > INBOX_BYTES / 4 {
             return;
         }
         let made = self.to_guest.make(&Self::as_on_wires(frame));
-        if host.send(&made.bytes, &made.meta).is_ok() {
-            host.flush();
+        if self.far.send(&made) {
             let sure = !self.unheard && made.honest;
             self.to_guest.sent(made, None, sure);
         }
     }
 
     fn host_receive(&mut self, budget: u32) {
-        let Some(host) = &mut self.host else { return };
-        let mut got = Got::default();
-        host.receive(&mut got, budget);
-        let takes = match self.host_takes {
-            true => Offloads::all(),
-            false => Offloads::empty(),
-        };
-        let max = max_frame_bytes(DEFAULT_MTU);
-        for (frame, meta) in got.0 {
-            let checked = meta.check(&frame, frame.len(), max, takes);
-            assert_eq!(checked, Ok(meta), "a frame is what is said of it");
+        for (frame, meta) in self.far.receive(budget) {
             if !self.meddled {
                 came_in(&mut self.to_host, &frame, &meta);
             }

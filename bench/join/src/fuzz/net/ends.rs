@@ -4,33 +4,17 @@ use super::action::Frame;
 use super::{INBOX_BYTES, World};
 use crate::arena::Arena;
 use crate::fuzz::buffer::Buffer;
-use pvkit_guest::net::Offloads;
-use pvkit_host::link::{Delivered, FrameSink};
-use pvkit_protocol::frame::{DEFAULT_MTU, FrameMeta, max_frame_bytes};
-
-/// What the other end of the link got.
-#[derive(Default)]
-pub(in crate::fuzz) struct Got(pub(in crate::fuzz) Vec<(Vec<u8>, FrameMeta)>);
-
-impl FrameSink for Got {
-    fn deliver(&mut self, frame: &[u8], meta: &FrameMeta) -> Delivered {
-        self.0.push((frame.to_vec(), *meta));
-        Delivered::Taken
-    }
-}
 
 /// Rounds in which everything that is on its way comes in.
 const ROUNDS: usize = 20_000;
 
 impl World {
     pub(super) fn host_send(&mut self, frame: &Frame) {
-        let Some(host) = &mut self.host else { return };
-        if self.to_guest.cost() > INBOX_BYTES / 4 {
+        if !self.far.is_plugged() || self.to_guest.cost() > INBOX_BYTES / 4 {
             return;
         }
         let made = self.to_guest.make(frame);
-        if host.send(&made.bytes, &made.meta).is_ok() {
-            host.flush();
+        if self.far.send(&made) {
             let fits = made.bytes.len() <= self.capacity();
             let sure = fits && !self.choosy && self.asked.is_none() && !self.retired;
             self.to_guest.sent(made, None, sure);
@@ -38,19 +22,7 @@ impl World {
     }
 
     pub(super) fn host_receive(&mut self, budget: u32) {
-        let Some(host) = &mut self.host else { return };
-        let mut got = Got::default();
-        host.receive(&mut got, budget);
-        let takes = match self.setup.host_takes {
-            true => Offloads::all(),
-            false => Offloads::empty(),
-        };
-        for (frame, meta) in got.0 {
-            assert_eq!(
-                meta.check(&frame, frame.len(), max_frame_bytes(DEFAULT_MTU), takes),
-                Ok(meta),
-                "a frame is what is said of it"
-            );
+        for (frame, meta) in self.far.receive(budget) {
             if !self.meddled {
                 self.to_host.came_in(0, &frame, &meta);
             }
@@ -137,8 +109,8 @@ impl World {
     /// Frames go both ways.
     fn works(&mut self) {
         // What is left in the switch was there before.
-        self.host = None;
-        self.plug();
+        self.far.unplug();
+        self.far.plug();
         self.to_host.forget();
         self.to_guest.forget();
         self.meddled = false;

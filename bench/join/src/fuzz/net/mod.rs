@@ -22,11 +22,12 @@ mod ends;
 mod traffic;
 
 use super::buffer::{Buffer, Pool};
+use super::far_end::{FarEnd, INBOX_BYTES};
 use super::forge::Forge;
-use super::meddler::Meddler;
-use super::{Meddling, clean_arena, keep_arena};
+use super::meddler::{Meddler, transport};
+use super::{Meddling, clean_arena, keep_arena, play};
 use crate::arena::{Arena, ArenaSpace};
-use crate::stepped::{Steps, stepped};
+use crate::stepped::Steps;
 use crate::wire::Wire;
 use action::{Action, Setup};
 use arbitrary::{Arbitrary, Unstructured};
@@ -36,18 +37,14 @@ use pvkit_guest::virtio::net::{Command, ControlError, Net, NetOptions, PairOf};
 use pvkit_guest::virtio::transport::MmioTransport as GuestTransport;
 use pvkit_host::bus::BusDevice;
 use pvkit_host::link::offload::needs;
-use pvkit_host::link::switch::{Endpoint, Switch, SwitchOptions};
 use pvkit_host::virtio::net::{Net as Device, NetOptions as DeviceOptions};
-use pvkit_host::virtio::transport::MmioTransport as HostTransport;
-use pvkit_host::worker::{Progress, SignalCounter};
+use pvkit_host::worker::Progress;
 use pvkit_protocol::frame::{ETHERNET_HEADER_BYTES, HEAD_BYTES, max_frame_bytes};
 use pvkit_protocol::virtio::net::HEADER_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 pub(super) use action::{Frame, meta};
-pub(super) use ends::Got;
-pub(super) use traffic::{MOST_PAYLOAD, Traffic};
+pub(super) use traffic::{MOST_PAYLOAD, Made, Traffic};
 
 const ARENA_BYTES: usize = 1 << 20;
 /// Longest script.
@@ -56,8 +53,6 @@ const ACTIONS: usize = 256;
 const PLACES: usize = 12;
 /// Bytes of a buffer to transmit.
 const BUFFER_BYTES: usize = HEADROOM + 256 + MOST_PAYLOAD;
-/// Most bytes that wait in the switch.
-pub(super) const INBOX_BYTES: usize = 1 << 20;
 /// Guest memory in front of a ring that is worth meddling with.
 const SLOT_BYTES: u64 = 2048;
 
@@ -77,15 +72,7 @@ pub fn net_join(data: &[u8]) {
         return;
     };
     let mut world = World::new(setup, clean_arena(ARENA_BYTES));
-    for _ in 0..ACTIONS {
-        if bytes.is_empty() {
-            break;
-        }
-        let Ok(action) = Action::arbitrary(&mut bytes) else {
-            break;
-        };
-        world.act(action);
-    }
+    play(&mut bytes, ACTIONS, |action| world.act(action));
     keep_arena(world.end());
 }
 
@@ -107,8 +94,7 @@ struct World {
     spare: Vec<Buffer>,
     wire: Wire<Meddler>,
     steps: Steps,
-    switch: Switch,
-    host: Option<Endpoint>,
+    far: FarEnd,
     net: Net<Transport, ArenaSpace>,
     pairs: Vec<Pair>,
     /// By where they start.
@@ -129,13 +115,7 @@ struct World {
 
 impl World {
     fn new(setup: Setup, arena: Arena) -> Self {
-        let options = SwitchOptions {
-            lanes: 2,
-            inbox_bytes: INBOX_BYTES,
-            addresses: 64,
-            ..SwitchOptions::default()
-        };
-        let switch = Switch::new(options);
+        let (far, port) = FarEnd::new(2, setup.host_takes);
         let options = DeviceOptions {
             mac: GUEST,
             pairs: setup.pairs,
@@ -150,19 +130,9 @@ impl World {
             control: setup.control,
             ..DeviceOptions::default()
         };
-        let (executor, steps) = stepped();
-        let port = switch.port().expect("a port");
-        let device = HostTransport::new(
-            Box::new(Device::new(port, options).expect("net options")),
-            arena.guest_memory().clone(),
-            Box::new(executor),
-            Arc::new(SignalCounter::default()),
-        )
-        .expect("event counters");
-        let wire = Wire::new(Meddler::new(device));
-        let transport = GuestTransport::new(wire.clone())
-            .expect("a virtio-mmio device")
-            .with_reset_reads(16);
+        let device = Device::new(port, options).expect("net options");
+        let (wire, steps) = Meddler::over(Box::new(device), &arena);
+        let transport = transport(&wire);
         let mut space = arena.space();
         if setup.segments {
             space = space.with_segments_of((setup.buffer_bytes as u32).div_ceil(2).max(512));
@@ -191,8 +161,7 @@ impl World {
             spare: Vec::new(),
             wire,
             steps,
-            switch,
-            host: None,
+            far,
             net,
             pairs,
             lent: BTreeMap::new(),
@@ -204,7 +173,7 @@ impl World {
             faulty: BTreeSet::new(),
             retired: false,
         };
-        world.plug();
+        world.far.plug();
         world
     }
 
@@ -256,7 +225,7 @@ impl World {
                     self.meddled
                         || link
                             .as_ref()
-                            .is_ok_and(|link| link.up == self.host.is_some()),
+                            .is_ok_and(|link| link.up == self.far.is_plugged()),
                     "{link:?}"
                 );
             }
@@ -265,10 +234,10 @@ impl World {
             Action::Recover => _ = self.recover(),
             Action::Reset(queue) => self.reset(queue),
             Action::Unplug => {
-                self.host = None;
+                self.far.unplug();
                 self.to_host.doubt();
             }
-            Action::Plug => self.plug(),
+            Action::Plug => _ = self.far.plug(),
             Action::Poll(budget) => self.poll(u32::from(budget % 32) + 1),
             Action::Run => self.run(),
             Action::ArmDevice => _ = self.steps.arm(),
@@ -302,27 +271,10 @@ impl World {
         forge.meddle(how);
     }
 
-    fn plug(&mut self) {
-        if self.host.is_none() {
-            let host = self.switch.endpoint().expect("a port");
-            if self.setup.host_takes {
-                host.set_receive(Offloads::all());
-            }
-            self.host = Some(host);
-        }
-    }
-
     /// A buffer to transmit.
     fn buffer(&mut self, inside: bool) -> Option<Buffer> {
-        let spare = self.spare.iter();
-        let fits = spare.enumerate().find(|(_, b)| b.is_outside() != inside);
-        if let Some((index, _)) = fits {
-            return Some(self.spare.swap_remove(index));
-        }
-        match inside {
-            true => Buffer::inside(&self.arena, BUFFER_BYTES),
-            false => Buffer::outside(&mut self.pools[0], BUFFER_BYTES),
-        }
+        let pool = &mut self.pools[0];
+        Buffer::spare(&mut self.spare, pool, &self.arena, inside, BUFFER_BYTES)
     }
 
     fn send(&mut self, pair: usize, frame: &Frame) {
@@ -360,7 +312,7 @@ impl World {
                     _ => false,
                 };
                 self.to_host
-                    .sent(made, Some(pair), self.host.is_some() && !far);
+                    .sent(made, Some(pair), self.far.is_plugged() && !far);
             }
             Err(refused) => {
                 let buffer = refused.buffer.expect("the buffer comes back");
