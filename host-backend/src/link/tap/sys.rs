@@ -162,10 +162,13 @@ impl Vectors {
         self.0.push(vector(header));
         self.0.push(vector(head));
         self.0.extend_from_slice(rest.as_iovecs());
-        let count = self.0.len().min(MAX_BUFFERS + 2) as libc::c_int;
+        let count = self.0.len().min(MAX_BUFFERS + 2);
+        // Not `libc::writev`, in which a thread can be cancelled: getting ready
+        // for that, and back, is a tenth of the time that a frame takes.
         // SAFETY: the first two buffers are borrowed for this call, and the
         // others lie in mappings that `rest` keeps; the kernel only reads them.
-        let result = unsafe { libc::writev(fd.as_raw_fd(), self.0.as_ptr(), count) };
+        let result =
+            unsafe { libc::syscall(libc::SYS_writev, fd.as_raw_fd(), self.0.as_ptr(), count) };
         let result = usize::try_from(result).map_err(|_| io::Error::last_os_error());
         self.0.clear();
         result
