@@ -10,7 +10,8 @@ use crate::memory::{GuestMemory, IoBufs};
 use crate::virtio::queue::{Chain, Fault, Queue, QueueError, QueueResources, QueueState};
 use crate::worker::{Counter, Signal};
 use pvkit_protocol::frame::{
-    BadFrame, Checksum, FrameMeta, HEAD_BYTES, MAX_SEGMENTED_FRAME_BYTES, Offloads,
+    BadFrame, Checksum, ETHERNET_HEADER_BYTES, FrameMeta, HEAD_BYTES, MAX_SEGMENTED_FRAME_BYTES,
+    Offloads,
 };
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::{HEADER_BYTES, NetFeatures, NetHeader};
@@ -47,9 +48,11 @@ pub(super) struct Transmit {
     rest: IoBufs,
     /// What follows the head of all others.
     nothing: IoBufs,
-    /// A frame that the link had no room for; `chain`, `front` and `rest` are
-    /// still its own.
-    stalled: Option<Fetched>,
+    /// The frame that was checked last.
+    current: Current,
+    /// The link had no room for it; `chain`, `front` and `rest` are still its
+    /// own.
+    stalled: bool,
     /// Longest frame that is not to be segmented.
     max: usize,
     agreed: Offloads,
@@ -58,13 +61,17 @@ pub(super) struct Transmit {
     kick: Arc<EventFd>,
 }
 
-/// A frame that was checked.
-#[derive(Debug, Clone, Copy)]
-struct Fetched {
+/// A frame that was checked. It stays where it is: moving what was written a
+/// moment ago in pieces makes the CPU wait until those are in its cache, behind
+/// everything that it waits for from the guest's.
+#[derive(Debug, Default)]
+struct Current {
     /// Bytes of the head.
     head: usize,
     /// Whether more follows.
     long: bool,
+    /// Nothing accompanies it, and `meta` is about another.
+    plain: bool,
     meta: FrameMeta,
     /// What it takes of a budget.
     cost: u32,
@@ -87,7 +94,8 @@ impl Transmit {
             front: [0; FRONT_BYTES],
             rest: IoBufs::new(),
             nothing: IoBufs::new(),
-            stalled: None,
+            stalled: false,
+            current: Current::default(),
             max,
             agreed: NetFeatures::from(features).transmit_offloads(),
             armed: false,
@@ -99,7 +107,7 @@ impl Transmit {
 
     /// A frame waits for room in the link.
     pub(super) fn is_stalled(&self) -> bool {
-        self.stalled.is_some()
+        self.stalled
     }
 
     /// The doorbell, if it is waited for.
@@ -118,7 +126,7 @@ impl Transmit {
     /// Asks for a doorbell, unless what would be fetched had to wait for the
     /// link; `true` if there is something to fetch already.
     pub(super) fn arm(&mut self) -> bool {
-        self.armed = self.stalled.is_none();
+        self.armed = !self.stalled;
         self.armed && self.queue.arm()
     }
 
@@ -135,7 +143,7 @@ impl Transmit {
 
     /// Has what was not sent still in the queue.
     fn put_back(&mut self) {
-        if self.stalled.take().is_some() {
+        if std::mem::take(&mut self.stalled) {
             self.queue.unfetch(&self.chain);
         }
     }
@@ -148,22 +156,22 @@ impl Transmit {
         budget: u32,
     ) -> Result<bool, Fault> {
         let (mut count, mut cost) = (0u32, 0u32);
-        if let Some(frame) = self.stalled.take() {
-            if !self.send(lane, counters, frame) {
+        if std::mem::take(&mut self.stalled) {
+            if !self.send(lane, counters) {
                 return Ok(false);
             }
             count += 1;
-            cost = frame.cost;
+            cost = self.current.cost;
         }
         while cost < budget && self.queue.pop(&mut self.chain)? {
             match self.fetch()? {
-                Ok(frame) => {
-                    if !self.send(lane, counters, frame) {
+                None => {
+                    if !self.send(lane, counters) {
                         break;
                     }
-                    cost = cost.saturating_add(frame.cost);
+                    cost = cost.saturating_add(self.current.cost);
                 }
-                Err(counter) => {
+                Some(counter) => {
                     counter(counters).add(1);
                     self.queue.push(self.chain.tag(), 0);
                     cost = cost.saturating_add(1);
@@ -177,38 +185,65 @@ impl Transmit {
         Ok(count > 0)
     }
 
-    /// Copies and checks the frame in `chain`.
-    fn fetch(&mut self) -> Result<Result<Fetched, Dropped>, Fault> {
+    /// Copies and checks the frame in `chain`: `current` is about it then. Says
+    /// which counter counts it if it is dropped.
+    #[inline]
+    fn fetch(&mut self) -> Result<Option<Dropped>, Fault> {
         let chain = &self.chain;
         if chain.writable_bytes() > 0 {
-            return Ok(Err(|counters| &counters.tx_buffers));
+            return Ok(Some(|counters| &counters.tx_buffers));
         }
         let all = chain.readable_bytes();
         let Some(bytes) = all.checked_sub(HEADER_BYTES as u64) else {
-            return Ok(Err(|counters| &counters.tx_short));
+            return Ok(Some(|counters| &counters.tx_short));
         };
         if bytes > MAX_SEGMENTED_FRAME_BYTES as u64 {
-            return Ok(Err(|counters| &counters.tx_long));
+            return Ok(Some(|counters| &counters.tx_long));
         }
         let bytes = bytes as usize;
         let head = bytes.min(HEAD_BYTES);
-        let long = bytes > HEAD_BYTES;
         let Some(front) = self.front.get_mut(..HEADER_BYTES + head) else {
-            return Ok(Err(|counters| &counters.tx_long));
+            return Ok(Some(|counters| &counters.tx_long));
         };
         // One copy; what is checked, and sent, is the copy.
         chain.read_front(front)?;
-        let Ok((header, start)) = NetHeader::read_from_prefix(front) else {
-            return Ok(Err(|counters| &counters.tx_short));
+        let Ok((header, _)) = NetHeader::read_from_prefix(front) else {
+            return Ok(Some(|counters| &counters.tx_short));
         };
+        self.current.head = head;
+        self.current.long = bytes > HEAD_BYTES;
+        self.current.plain = header.flags == 0
+            && header.gso_type == 0
+            && (ETHERNET_HEADER_BYTES..=self.max).contains(&bytes);
+        self.current.cost = 1;
+        if !self.current.plain
+            && let Some(dropped) = self.judge(&header, bytes)
+        {
+            return Ok(Some(dropped));
+        }
+        if self.current.long {
+            let chain = &self.chain;
+            chain.readable_after(FRONT_BYTES as u64, &mut self.rest)?;
+            if self.rest.as_iovecs().len() > MAX_PIECES {
+                return Ok(Some(|counters| &counters.tx_buffers));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Checks what the header says of the frame in `front`.
+    #[inline(never)]
+    fn judge(&mut self, header: &NetHeader, bytes: usize) -> Option<Dropped> {
+        let head = self.current.head;
+        let start = self.front.get(HEADER_BYTES..HEADER_BYTES + head)?;
         let Some(said) = header.meta() else {
-            return Ok(Err(|counters| &counters.tx_lies));
+            return Some(|counters| &counters.tx_lies);
         };
         let mut meta = match check(said, start, bytes, self.max, self.agreed) {
             Ok(meta) => meta,
-            Err(BadFrame::Short { .. }) => return Ok(Err(|counters| &counters.tx_short)),
-            Err(BadFrame::Long { .. }) => return Ok(Err(|counters| &counters.tx_long)),
-            Err(_) => return Ok(Err(|counters| &counters.tx_lies)),
+            Err(BadFrame::Short { .. }) => return Some(|counters| &counters.tx_short),
+            Err(BadFrame::Long { .. }) => return Some(|counters| &counters.tx_long),
+            Err(_) => return Some(|counters| &counters.tx_lies),
         };
         match meta.checksum {
             // A driver has no say in that (§5.1.6.2.1).
@@ -217,39 +252,31 @@ impl Transmit {
             Checksum::Partial { start, offset }
                 if usize::from(start) + usize::from(offset) + 2 > head =>
             {
-                return Ok(Err(|counters| &counters.tx_lies));
+                return Some(|counters| &counters.tx_lies);
             }
             _ => {}
-        }
-        if long {
-            chain.readable_after(FRONT_BYTES as u64, &mut self.rest)?;
-            if self.rest.as_iovecs().len() > MAX_PIECES {
-                return Ok(Err(|counters| &counters.tx_buffers));
-            }
         }
         let segments = meta
             .segments
             .map_or(0, |segments| bytes as u64 / u64::from(segments.size.max(1)));
-        Ok(Ok(Fetched {
-            head,
-            long,
-            meta,
-            cost: 1 + (segments / SEGMENTS) as u32,
-        }))
+        self.current.cost = 1 + (segments / SEGMENTS) as u32;
+        self.current.meta = meta;
+        None
     }
 
-    /// Hands the frame in `front` and `rest` to the link; `false` if it has no
-    /// room.
-    fn send(&mut self, lane: &mut dyn LinkLane, counters: &NetCounters, frame: Fetched) -> bool {
-        let head = self.front.get(HEADER_BYTES..HEADER_BYTES + frame.head);
+    /// Hands the current frame to the link; `false` if it has no room.
+    #[inline]
+    fn send(&mut self, lane: &mut dyn LinkLane, counters: &NetCounters) -> bool {
+        let Current { head, long, .. } = self.current;
+        let head = self.front.get(HEADER_BYTES..HEADER_BYTES + head);
         let sent = TxFrame {
             head: head.unwrap_or(&[]),
-            rest: if frame.long {
-                &self.rest
+            rest: if long { &self.rest } else { &self.nothing },
+            meta: if self.current.plain {
+                FrameMeta::PLAIN
             } else {
-                &self.nothing
+                self.current.meta
             },
-            meta: frame.meta,
         };
         let bytes = sent.bytes() as u64;
         match lane.send(&sent) {
@@ -261,7 +288,7 @@ impl Transmit {
             }
             Sent::Full => {
                 counters.tx_full.add(1);
-                self.stalled = Some(frame);
+                self.stalled = true;
                 false
             }
         }
