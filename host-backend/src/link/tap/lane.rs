@@ -17,9 +17,15 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 use zerocopy::{FromBytes, IntoBytes};
 
+/// Bytes of a frame, with its header, up to which a copy is cheaper than a list
+/// of buffers for the kernel: a frame of a usual network.
+const SHORT_BYTES: usize = 1600;
+
 pub(super) struct TapLane {
     shared: Arc<Shared>,
     index: usize,
+    /// For frames that are written in one piece.
+    short: [u8; SHORT_BYTES],
     vectors: sys::Vectors,
     gathered: Gathered,
     empty: IoBufs,
@@ -52,6 +58,7 @@ impl TapLane {
         Self {
             shared,
             index,
+            short: [0; SHORT_BYTES],
             vectors: sys::Vectors::default(),
             gathered: Gathered::default(),
             empty: IoBufs::new(),
@@ -99,7 +106,9 @@ impl TapLane {
         let header = NetHeader::new(&frame.meta, 0);
         let header = header.as_bytes();
         let fd = queue.fd.as_fd();
-        let result = if frame.rest.as_iovecs().len() <= sys::MAX_BUFFERS {
+        let result = if let Some(whole) = short(&mut self.short, header, frame) {
+            rustix::io::write(fd, whole).map_err(io::Error::from)
+        } else if frame.rest.as_iovecs().len() <= sys::MAX_BUFFERS {
             self.vectors.write(fd, header, frame.head, frame.rest)
         } else {
             match self.gathered.copy(frame) {
@@ -166,6 +175,20 @@ impl TapLane {
         let meta = header.meta()?.check(frame, frame.len(), max, takes).ok()?;
         Some((frame.len(), told(&meta, takes)))
     }
+}
+
+/// A frame in one piece, with its header, if it is short.
+#[inline]
+fn short<'a>(room: &'a mut [u8], header: &[u8], frame: &TxFrame<'_>) -> Option<&'a [u8]> {
+    let rest = header.len() + frame.head.len();
+    let end = rest + frame.rest.bytes() as usize;
+    let whole = room.get_mut(..end)?;
+    let (start, tail) = whole.split_at_mut_checked(rest)?;
+    let (place, head) = start.split_at_mut_checked(header.len())?;
+    place.copy_from_slice(header);
+    head.copy_from_slice(frame.head);
+    frame.rest.gather(tail);
+    Some(whole)
 }
 
 impl LinkLane for TapLane {
