@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::Duration;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -14,11 +15,12 @@ const PIECE: usize = 256 * 1024;
 /// How long a connection may stand still.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long the server waits for the guest to close: a card that is reset may
-/// keep its last frame to itself, and the next connection has to be served.
+/// keep its last frame to itself.
 const LINGER: Duration = Duration::from_millis(100);
 
-/// Serves one connection after the other, until the other end of `stop` is
-/// closed.
+/// Serves each connection in a thread of its own, so that one that the guest
+/// has not closed yet takes no time of the next; until the other end of `stop`
+/// is closed.
 pub(super) fn serve(listener: &TcpListener, stop: &UnixStream) {
     loop {
         let mut fds = [
@@ -40,8 +42,18 @@ pub(super) fn serve(listener: &TcpListener, stop: &UnixStream) {
         // The guest sees what fails, and the run ends by that.
         match listener.accept() {
             Ok((connection, _)) => {
-                if let Err(error) = answer(&connection) {
-                    log::warn!("a TCP stream of the guest: {error}");
+                // It ends by itself: nothing in it waits for longer than its
+                // patience.
+                let spawned =
+                    thread::Builder::new()
+                        .name("net-stream".to_owned())
+                        .spawn(move || {
+                            if let Err(error) = answer(&connection) {
+                                log::warn!("a TCP stream of the guest: {error}");
+                            }
+                        });
+                if let Err(error) = spawned {
+                    log::warn!("a thread for a TCP stream: {error}");
                 }
             }
             Err(error) => log::warn!("a TCP connection of the guest: {error}"),
@@ -134,7 +146,6 @@ fn receive(mut connection: &TcpStream, request: &Request) -> io::Result<Verdict>
 mod tests {
     use super::*;
     use std::net::Ipv4Addr;
-    use std::thread;
     use zerocopy::little_endian::{U32, U64};
 
     fn ask(operation: u32, bytes: u64) -> Request {
