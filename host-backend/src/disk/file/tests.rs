@@ -197,10 +197,14 @@ fn the_page_cache_is_served_at_once_and_the_rest_is_queued() {
     let (queued, result) = run(&mut *lane, DiskOp::Read, 0, &data);
     result.unwrap();
     assert!(!queued, "the file was just written");
-    evict(&path);
-    let (queued, result) = run(&mut *lane, DiskOp::Read, 0, &data);
-    result.unwrap();
-    assert!(queued, "the file was evicted");
+    // The kernel need not drop a page at once, if something else looks at it.
+    let evicted = (0..50).any(|_| {
+        evict(&path);
+        let (queued, result) = run(&mut *lane, DiskOp::Read, 0, &data);
+        result.unwrap();
+        queued
+    });
+    assert!(evicted, "the file was evicted");
     let (queued, result) = run(&mut *lane, DiskOp::Read, 0, &data);
     result.unwrap();
     assert!(!queued, "now it is cached again");
