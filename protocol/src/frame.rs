@@ -300,7 +300,26 @@ impl FrameMeta {
     ///
     /// # Errors
     /// [`BadFrame`] says what cannot be.
+    #[inline]
     pub fn check(
+        &self,
+        head: &[u8],
+        bytes: usize,
+        max: usize,
+        agreed: Offloads,
+    ) -> Result<Self, BadFrame> {
+        // Most frames, where many are short, leave no work to anybody: there is
+        // nothing to look for.
+        let partial = matches!(self.checksum, Checksum::Partial { .. });
+        let fits = (ETHERNET_HEADER_BYTES..=max).contains(&bytes);
+        if !partial && self.segments.is_none() && fits && head.len() >= ETHERNET_HEADER_BYTES {
+            return Ok(*self);
+        }
+        self.check_work(head, bytes, max, agreed)
+    }
+
+    /// [`check`](Self::check) of a frame that leaves work, or does not fit.
+    fn check_work(
         &self,
         head: &[u8],
         bytes: usize,

@@ -388,6 +388,14 @@ impl NetHeader {
         header
     }
 
+    /// Whether it says nothing of its frame: then that has
+    /// [`FrameMeta::PLAIN`].
+    #[inline]
+    #[must_use]
+    pub const fn is_plain(&self) -> bool {
+        self.flags == 0 && self.gso_type == gso::NONE
+    }
+
     /// What it says of its frame; to be
     /// [checked](crate::frame::FrameMeta::check) against that. `None` for a
     /// kind of segmentation that is not known here.

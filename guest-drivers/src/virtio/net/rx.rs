@@ -255,10 +255,7 @@ impl<B: NetBuf, S: DmaSpace<Addr = u64>, D: Doorbell> VirtioNetRx<B, S, D> {
                 }
             }
         }
-        if header.flags == 0
-            && header.gso_type == 0
-            && (ETHERNET_HEADER_BYTES..=self.max_frame).contains(&bytes)
-        {
+        if header.is_plain() && (ETHERNET_HEADER_BYTES..=self.max_frame).contains(&bytes) {
             return Ok(Ok((bytes, FrameMeta::PLAIN)));
         }
         Ok(self.judge(&header, bytes).map(|meta| (bytes, meta)))

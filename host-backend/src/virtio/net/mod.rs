@@ -45,9 +45,7 @@ use crate::worker::{Counter, LaneState, Worker};
 use config::{Config, News, State};
 use control::ControlWorker;
 use filter::Filter;
-use pvkit_protocol::frame::{
-    BadFrame, Checksum, ETHERNET_HEADER_BYTES, FrameMeta, MacAddress, Offloads,
-};
+use pvkit_protocol::frame::{MacAddress, Offloads};
 use pvkit_protocol::virtio::net::{
     CONFIG_BYTES, MIN_MTU, NetFeatures, control_queue, receive_queue,
 };
@@ -319,23 +317,6 @@ impl Net {
             log::warn!("virtio-net: the link does not go back to one lane: {error}");
         }
     }
-}
-
-/// [`FrameMeta::check`], which has nothing to look for in frames that leave no
-/// work to anybody: most of them, where many are small.
-#[inline]
-fn check(
-    meta: FrameMeta,
-    head: &[u8],
-    bytes: usize,
-    max: usize,
-    agreed: Offloads,
-) -> Result<FrameMeta, BadFrame> {
-    let partial = matches!(meta.checksum, Checksum::Partial { .. });
-    if !partial && meta.segments.is_none() && (ETHERNET_HEADER_BYTES..=max).contains(&bytes) {
-        return Ok(meta);
-    }
-    meta.check(head, bytes, max, agreed)
 }
 
 /// The queues of each lane, for a driver with these features.

@@ -2,15 +2,16 @@
 //! link, copied into the driver's buffers.
 #![forbid(unsafe_code)]
 
+use super::NetCounters;
 use super::config::State;
 use super::filter::View;
-use super::{NetCounters, check};
 use crate::event::EventFd;
+use crate::link::offload::told;
 use crate::link::{Delivered, FrameSink, LinkLane};
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Chain, Fault, Queue, QueueError, QueueResources, QueueState};
 use crate::worker::Signal;
-use pvkit_protocol::frame::{Checksum, FrameMeta, Offloads};
+use pvkit_protocol::frame::{FrameMeta, Offloads};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::{HEADER_BYTES, NetFeatures, NetHeader};
 use std::sync::Arc;
@@ -244,13 +245,10 @@ impl Receive {
     /// not.
     #[inline]
     fn fit(&self, frame: &[u8], meta: &FrameMeta, agreed: Offloads) -> Option<FrameMeta> {
-        let mut meta = *meta;
         // Found right by the host: only a driver that knows of checksums can
         // make use of it (§5.1.6.4.1).
-        if meta.checksum == Checksum::Valid && !agreed.contains(Offloads::CHECKSUM) {
-            meta.checksum = Checksum::Unknown;
-        }
-        check(meta, frame, frame.len(), self.max, agreed).ok()
+        let meta = told(meta, agreed);
+        meta.check(frame, frame.len(), self.max, agreed).ok()
     }
 
     fn deliver(

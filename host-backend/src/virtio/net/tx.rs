@@ -3,7 +3,7 @@
 //! checked.
 #![forbid(unsafe_code)]
 
-use super::{NetCounters, check};
+use super::NetCounters;
 use crate::event::EventFd;
 use crate::link::{LinkLane, Sent, TxFrame};
 use crate::memory::{GuestMemory, IoBufs};
@@ -212,9 +212,8 @@ impl Transmit {
         };
         self.current.head = head;
         self.current.long = bytes > HEAD_BYTES;
-        self.current.plain = header.flags == 0
-            && header.gso_type == 0
-            && (ETHERNET_HEADER_BYTES..=self.max).contains(&bytes);
+        self.current.plain =
+            header.is_plain() && (ETHERNET_HEADER_BYTES..=self.max).contains(&bytes);
         self.current.cost = 1;
         if !self.current.plain
             && let Some(dropped) = self.judge(&header, bytes)
@@ -239,7 +238,7 @@ impl Transmit {
         let Some(said) = header.meta() else {
             return Some(|counters| &counters.tx_lies);
         };
-        let mut meta = match check(said, start, bytes, self.max, self.agreed) {
+        let mut meta = match said.check(start, bytes, self.max, self.agreed) {
             Ok(meta) => meta,
             Err(BadFrame::Short { .. }) => return Some(|counters| &counters.tx_short),
             Err(BadFrame::Long { .. }) => return Some(|counters| &counters.tx_long),
