@@ -63,7 +63,10 @@ where
             ..Progress::default()
         };
         let mut other = Progress::default();
-        let mut state = Exchange::default();
+        let mut state = Exchange {
+            heard_at: self.machine.now(),
+            ..Exchange::default()
+        };
         while !other.known {
             self.say(&own, &mut state, MacAddress::BROADCAST)?;
             let said = self.machine.now();
@@ -75,7 +78,6 @@ where
         self.machine.mark(Mark::Start(number));
         let counts = self.counts();
         let start = self.machine.now();
-        state.heard_at = start;
         while !(own.has_sent_all() && other.has_sent_all() && other.knows) {
             let may = match window {
                 0 => own.total,
@@ -239,7 +241,7 @@ where
 
     fn check_patience(&mut self, state: &mut Exchange) -> Result<(), NetError> {
         let now = self.machine.now();
-        if core::mem::take(&mut state.moved) || state.heard_at == 0 {
+        if core::mem::take(&mut state.moved) {
             state.heard_at = now;
         }
         if now - state.heard_at > self.ticks(PATIENCE_MS) {

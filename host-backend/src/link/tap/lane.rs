@@ -3,7 +3,7 @@
 
 use super::{Queue, Shared, sys};
 use crate::link::offload::{finish, is_taken, told};
-use crate::link::state::Gathered;
+use crate::link::state::{Gathered, copy_frame};
 use crate::link::{Delivered, FrameSink, LinkCounters, LinkLane, Sent, TxFrame, Waits};
 use crate::memory::IoBufs;
 use crate::worker::Interest;
@@ -180,14 +180,10 @@ impl TapLane {
 /// A frame in one piece, with its header, if it is short.
 #[inline]
 fn short<'a>(room: &'a mut [u8], header: &[u8], frame: &TxFrame<'_>) -> Option<&'a [u8]> {
-    let rest = header.len() + frame.head.len();
-    let end = rest + frame.rest.bytes() as usize;
-    let whole = room.get_mut(..end)?;
-    let (start, tail) = whole.split_at_mut_checked(rest)?;
-    let (place, head) = start.split_at_mut_checked(header.len())?;
+    let whole = room.get_mut(..header.len() + frame.bytes())?;
+    let (place, copy) = whole.split_at_mut_checked(header.len())?;
     place.copy_from_slice(header);
-    head.copy_from_slice(frame.head);
-    frame.rest.gather(tail);
+    copy_frame(frame, copy);
     Some(whole)
 }
 

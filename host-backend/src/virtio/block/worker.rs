@@ -404,14 +404,12 @@ impl BlockWorker {
     }
 
     fn publish(&mut self) {
-        match self.queue.publish() {
-            Some(true) => {
-                self.counters.signals.add(1);
-                self.signal.signal();
-            }
-            Some(false) => self.counters.signals_suppressed.add(1),
-            None => {}
-        }
+        let counters = &self.counters;
+        self.queue.publish_to(
+            &*self.signal,
+            &counters.signals,
+            &counters.signals_suppressed,
+        );
     }
 }
 

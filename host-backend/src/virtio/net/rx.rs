@@ -285,14 +285,12 @@ impl Receive {
 
     /// Ends a batch.
     pub(super) fn publish(&mut self, counters: &NetCounters) {
-        match self.queue.publish() {
-            Some(true) => {
-                counters.rx.signals.add(1);
-                self.signal.signal();
-            }
-            Some(false) => counters.rx.signals_suppressed.add(1),
-            None => {}
-        }
+        let counters = &counters.rx;
+        self.queue.publish_to(
+            &*self.signal,
+            &counters.signals,
+            &counters.signals_suppressed,
+        );
     }
 
     /// Nothing more is fetched, and what was not filled is the driver's again.

@@ -295,14 +295,12 @@ impl Transmit {
 
     /// Ends a batch.
     pub(super) fn publish(&mut self, counters: &NetCounters) {
-        match self.queue.publish() {
-            Some(true) => {
-                counters.tx.signals.add(1);
-                self.signal.signal();
-            }
-            Some(false) => counters.tx.signals_suppressed.add(1),
-            None => {}
-        }
+        let counters = &counters.tx;
+        self.queue.publish_to(
+            &*self.signal,
+            &counters.signals,
+            &counters.signals_suppressed,
+        );
     }
 
     /// Nothing more is fetched, and what was not sent is the driver's again.

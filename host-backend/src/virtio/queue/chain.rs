@@ -156,23 +156,15 @@ impl Chain {
         let Some(snapshot) = &self.snapshot else {
             return Ok(false);
         };
-        let (mut skip, mut rest) = (skip, out);
-        for range in self.readable() {
+        let mut rest = out;
+        for piece in self.pieces(self.readable(), skip) {
             if rest.is_empty() {
                 break;
             }
-            let len = u64::from(range.len);
-            if skip >= len {
-                skip -= len;
-                continue;
-            }
-            let addr = range.addr.checked_add(skip);
-            let addr = addr.ok_or(self.address(*range))?;
-            let count = rest.len().min((len - skip) as usize);
-            let (now, later) = rest.split_at_mut(count);
-            snapshot.read(addr, now).map_err(|_| self.address(*range))?;
+            let (range, addr, len) = piece?;
+            let (now, later) = rest.split_at_mut(rest.len().min(len as usize));
+            snapshot.read(addr, now).map_err(|_| self.address(range))?;
             rest = later;
-            skip = 0;
         }
         Ok(rest.is_empty())
     }
@@ -188,25 +180,15 @@ impl Chain {
         let Some(snapshot) = &self.snapshot else {
             return Ok(0);
         };
-        let (mut skip, mut rest) = (skip, data);
-        for range in self.writable() {
+        let mut rest = data;
+        for piece in self.pieces(self.writable(), skip) {
             if rest.is_empty() {
                 break;
             }
-            let len = u64::from(range.len);
-            if skip >= len {
-                skip -= len;
-                continue;
-            }
-            let addr = range.addr.checked_add(skip);
-            let addr = addr.ok_or(self.address(*range))?;
-            let count = rest.len().min((len - skip) as usize);
-            let (now, later) = rest.split_at(count);
-            snapshot
-                .write(addr, now)
-                .map_err(|_| self.address(*range))?;
+            let (range, addr, len) = piece?;
+            let (now, later) = rest.split_at(rest.len().min(len as usize));
+            snapshot.write(addr, now).map_err(|_| self.address(range))?;
             rest = later;
-            skip = 0;
         }
         Ok(data.len() - rest.len())
     }
@@ -262,24 +244,41 @@ impl Chain {
             return Ok(());
         };
         out.start(snapshot);
-        let (mut skip, mut left) = (skip, bytes);
-        for range in ranges {
+        let mut left = bytes;
+        for piece in self.pieces(ranges, skip) {
             if left == 0 {
                 break;
             }
-            let len = u64::from(range.len);
-            if skip >= len {
-                skip -= len;
-                continue;
-            }
-            let count = (len - skip).min(left);
-            let addr = range.addr.checked_add(skip).ok_or(self.address(*range))?;
+            let (range, addr, len) = piece?;
+            let count = len.min(left);
             out.push(addr, count, access)
-                .map_err(|_: MemoryError| self.address(*range))?;
+                .map_err(|_: MemoryError| self.address(range))?;
             left -= count;
-            skip = 0;
         }
         Ok(())
+    }
+
+    /// What there is of ranges behind their first `skip` bytes, in order: each
+    /// range, and address and length of what is left of it.
+    #[inline]
+    fn pieces(
+        &self,
+        ranges: &[Range],
+        skip: u64,
+    ) -> impl Iterator<Item = Result<(Range, u64, u64), Fault>> {
+        let mut skip = skip;
+        ranges.iter().filter_map(move |range| {
+            let len = u64::from(range.len);
+            let skipped = skip.min(len);
+            skip -= skipped;
+            // Ranges are not empty.
+            if skipped == len {
+                return None;
+            }
+            let addr = range.addr.checked_add(skipped);
+            let addr = addr.ok_or_else(|| self.address(*range));
+            Some(addr.map(|addr| (*range, addr, len - skipped)))
+        })
     }
 
     fn address(&self, range: Range) -> Fault {

@@ -19,7 +19,7 @@ pub use fault::Fault;
 
 use crate::event::EventFd;
 use crate::memory::{GuestMemory, MemoryError};
-use crate::worker::Signal;
+use crate::worker::{Counter, Signal};
 use order::InOrder;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::packed::{BadPackedSize, PackedPosition};
@@ -225,6 +225,20 @@ impl Queue {
     pub fn publish(&mut self) -> Option<bool> {
         self.end_batch();
         self.ring.publish()
+    }
+
+    /// The same, and interrupts the driver if it wants that: `sent` counts
+    /// interrupts, `spared` batches that needed none.
+    #[inline]
+    pub(crate) fn publish_to(&mut self, signal: &dyn Signal, sent: &Counter, spared: &Counter) {
+        match self.publish() {
+            Some(true) => {
+                sent.add(1);
+                signal.signal();
+            }
+            Some(false) => spared.add(1),
+            None => {}
+        }
     }
 
     /// Asks the driver for notifications; `true` if there is something to
