@@ -105,7 +105,7 @@ fn the_two_halves_do_not_know_each_other() {
 #[test]
 fn files_stay_readable() {
     let mut files = Vec::new();
-    for folder in ["protocol", "guest-drivers", "host-backend", "bench"] {
+    for folder in ["protocol", "guest-drivers", "host-backend", "bench", "fuzz"] {
         sources(&root().join(folder), &mut files);
     }
     for file in files {

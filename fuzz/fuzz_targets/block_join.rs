@@ -2,4 +2,4 @@
 //! that change under both.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_join::fuzz::block_join(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_scripts::block_join(data));

@@ -2,4 +2,4 @@
 //! a driver.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_join::fuzz::e1000(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_scripts::e1000(data));

@@ -2,4 +2,4 @@
 //! software.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_join::fuzz::frame_offload(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_scripts::frame_offload(data));

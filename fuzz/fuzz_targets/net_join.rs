@@ -2,4 +2,4 @@
 //! registers between them that change under both.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_join::fuzz::net_join(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_scripts::net_join(data));

@@ -2,4 +2,4 @@
 //! likes to configuration space and registers, and a function that lies.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_join::fuzz::pci_config(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pvkit_scripts::pci_config(data));
