@@ -10,7 +10,7 @@ use super::{ControlCounters, E1000Error, E1000Options, eeprom, phy};
 use crate::dma::{DmaBuf, DmaSpace};
 use crate::fault::Fault;
 use crate::net::{LinkStatus, MacAddress, NetBuf, NetLimits, Offloads};
-use crate::quiesce::Lives;
+use crate::quiesce::ResetEpoch;
 use crate::register::Registers;
 use crate::storage::Storage;
 use core::fmt;
@@ -69,7 +69,7 @@ impl<B: DmaBuf, C: DmaBuf> E1000Storage<B, C> {
 pub struct E1000<R> {
     chip: Chip<R>,
     options: E1000Options,
-    lives: Lives,
+    epoch: ResetEpoch,
     limits: NetLimits,
     mac: MacAddress,
     rctl: Rctl,
@@ -165,8 +165,8 @@ impl<R: Registers> E1000<R> {
     ) -> Opened<B, C, S, R> {
         let rctl = receive_control(&options)?;
         let chip = Chip::new(registers, options.max_polls);
-        let mut lives = Lives::new();
-        reset(&chip, &mut lives)?;
+        let mut epoch = ResetEpoch::new();
+        reset(&chip, &mut epoch)?;
         let mac = eeprom::address(&chip)?;
         let limits = NetLimits {
             mac: Some(mac),
@@ -188,7 +188,7 @@ impl<R: Registers> E1000<R> {
                 register::TDBAL,
                 options.transmit_descriptors,
                 options.max_segments,
-                lives.queue(TRANSMIT),
+                epoch.queue(TRANSMIT),
                 transmit,
             )?,
             chip.registers(),
@@ -215,7 +215,7 @@ impl<R: Registers> E1000<R> {
                 register::RDBAL,
                 options.receive_descriptors,
                 1,
-                lives.queue(RECEIVE),
+                epoch.queue(RECEIVE),
                 receive,
             )?,
             chip.registers(),
@@ -232,7 +232,7 @@ impl<R: Registers> E1000<R> {
         let mut card = Self {
             chip,
             options,
-            lives,
+            epoch,
             limits,
             mac,
             rctl,
@@ -250,7 +250,7 @@ impl<R: Registers> E1000<R> {
         let Self {
             chip,
             options,
-            lives,
+            epoch,
             mac,
             rctl,
             ..
@@ -282,8 +282,8 @@ impl<R: Registers> E1000<R> {
         ] {
             chip.write(register, value);
         }
-        tx.ring_mut().expose(chip, lives.queue(TRANSMIT));
-        rx.ring_mut().expose(chip, lives.queue(RECEIVE));
+        tx.ring_mut().expose(chip, epoch.queue(TRANSMIT));
+        rx.ring_mut().expose(chip, epoch.queue(RECEIVE));
         chip.write(register::TCTL, (Tctl::EN | Tctl::PSP).bits() | COLLISIONS);
         chip.write(register::RCTL, rctl.bits());
         rx.ring_tail();
@@ -383,8 +383,8 @@ impl<R: Registers> E1000<R> {
         tx: &E1000Tx<B, S, R>,
         rx: &E1000Rx<C, S, R>,
     ) -> Result<(), E1000Error> {
-        let own = tx.ring().identity().is_queue(self.lives.queue(TRANSMIT))
-            && rx.ring().identity().is_queue(self.lives.queue(RECEIVE));
+        let own = tx.ring().identity().is_queue(self.epoch.queue(TRANSMIT))
+            && rx.ring().identity().is_queue(self.epoch.queue(RECEIVE));
         own.then_some(()).ok_or(E1000Error::ForeignHalf)
     }
 
@@ -397,7 +397,7 @@ impl<R: Registers> E1000<R> {
     ) -> Result<(), E1000Error> {
         tx.stop();
         rx.stop();
-        let proof = reset(&self.chip, &mut self.lives)?;
+        let proof = reset(&self.chip, &mut self.epoch)?;
         let ours = tx.ring_mut().reclaim(&proof, &mut |_, buffer| {
             if let Some(buffer) = buffer {
                 each(buffer);

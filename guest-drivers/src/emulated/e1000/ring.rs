@@ -14,7 +14,7 @@ use super::chip::Chip;
 use crate::barrier::{self, Order};
 use crate::dma::{Direction, DmaBuf, DmaError, DmaRegion, DmaSpace, Segment};
 use crate::lent::{Lent, Window};
-use crate::quiesce::{Lives, QueueIdentity, Quiesced};
+use crate::quiesce::{QueueIdentity, Quiesced, ResetEpoch};
 use crate::register::Registers;
 use crate::storage::Storage;
 use core::alloc::Layout;
@@ -471,7 +471,7 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R> Drop for Ring<B, S, R> {
 /// stopped before.
 pub(super) fn reset<R: Registers>(
     chip: &Chip<R>,
-    lives: &mut Lives,
+    epoch: &mut ResetEpoch,
 ) -> Result<Quiesced, E1000Error> {
     let status = chip.read(register::STATUS);
     if status == u32::MAX {
@@ -494,7 +494,7 @@ pub(super) fn reset<R: Registers>(
     chip.read(register::ICR);
     // SAFETY: the reset is over, and neither half of the device is enabled: it
     // accesses no ring, and no buffer in one.
-    Ok(unsafe { lives.over() })
+    Ok(unsafe { epoch.end() })
 }
 
 #[cfg(all(test, feature = "alloc"))]
@@ -531,8 +531,8 @@ mod tests {
     fn a_buffer_is_given_back_only_when_the_device_is_done_with_all_of_it() {
         // SAFETY: there is no device.
         let space = unsafe { LinearSpace::new(0) };
-        let mut lives = Lives::new();
-        let id = lives.queue(0);
+        let mut epoch = ResetEpoch::new();
+        let id = epoch.queue(0);
         let storage = RingStorage::heap(8, 1);
         let mut ring: Ring<Vec<u8>, _, _> =
             Ring::new(&space, Nothing, 0, 8, 1, id, storage).unwrap();
@@ -581,9 +581,9 @@ mod tests {
         assert_eq!(ring.take_back(2, 10), Some(vec![1; 10]));
 
         // A proof about another card is none; one about this is.
-        let mut others = Lives::new();
+        let mut others = ResetEpoch::new();
         // SAFETY: there is no device.
-        let (foreign, own) = unsafe { (others.over(), lives.over()) };
+        let (foreign, own) = unsafe { (others.end(), epoch.end()) };
         assert!(!ring.reclaim(&foreign, &mut |_, _| panic!()));
         let mut back = Vec::new();
         assert!(ring.reclaim(&own, &mut |place, buffer| back.push((place, buffer))));

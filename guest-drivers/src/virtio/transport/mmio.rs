@@ -5,7 +5,7 @@ use super::{
     Events, Field, QueueAddresses, ResetTimeout, Transport, read_field, wait_zero, write_field,
 };
 use crate::doorbell::{Doorbell, Position};
-use crate::quiesce::{Lives, QueueIdentity, Quiesced};
+use crate::quiesce::{QueueIdentity, Quiesced, ResetEpoch};
 use crate::register::Registers;
 use pvkit_protocol::virtio::mmio::{self, InterruptStatus};
 use pvkit_protocol::virtio::{DeviceStatus, Features, device_id};
@@ -16,7 +16,7 @@ use thiserror::Error;
 pub struct MmioTransport<R> {
     registers: R,
     device_id: u32,
-    lives: Lives,
+    epoch: ResetEpoch,
     reset_reads: u32,
     /// Doorbells say where the queue stands (NOTIFICATION_DATA).
     notification_data: bool,
@@ -75,7 +75,7 @@ impl<R: Registers> MmioTransport<R> {
         Ok(Self {
             registers,
             device_id,
-            lives: Lives::new(),
+            epoch: ResetEpoch::new(),
             reset_reads: RESET_READS,
             notification_data: false,
         })
@@ -123,7 +123,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
         self.registers.write_u32(mmio::STATUS, 0);
         wait_zero(self.reset_reads, || self.registers.read_u32(mmio::STATUS))?;
         // SAFETY: the status reads 0: the reset is over.
-        Ok(unsafe { self.lives.over() })
+        Ok(unsafe { self.epoch.end() })
     }
 
     fn reset_queue(&mut self, queue: u16) -> Result<Quiesced, ResetTimeout> {
@@ -133,11 +133,11 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
             self.registers.read_u32(mmio::QUEUE_RESET)
         })?;
         // SAFETY: the register reads 0: the queue's reset is over.
-        Ok(unsafe { self.lives.queue_over(queue) })
+        Ok(unsafe { self.epoch.end_queue(queue) })
     }
 
     fn identity(&self, queue: u16) -> QueueIdentity {
-        self.lives.queue(queue)
+        self.epoch.queue(queue)
     }
 
     fn device_features(&mut self) -> Features {

@@ -76,7 +76,7 @@ pub enum VectorError {
 /// # Safety
 /// [`reset`](Transport::reset) and [`reset_queue`](Transport::reset_queue)
 /// return a proof only once the device has let go of its queues (see
-/// [`Lives`](crate::quiesce::Lives)), and queues reach the device at exactly
+/// [`ResetEpoch`](crate::quiesce::ResetEpoch)), and queues reach the device at exactly
 /// the addresses given.
 pub unsafe trait Transport: Send {
     /// How queues of this transport notify the device.

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::doorbell::{Doorbell, Position};
 use crate::pci::Msix;
-use crate::quiesce::{Lives, QueueIdentity, Quiesced};
+use crate::quiesce::{QueueIdentity, Quiesced, ResetEpoch};
 use crate::register::Registers;
 use find::Structure;
 use pvkit_protocol::pci::msix;
@@ -69,7 +69,7 @@ pub struct PciTransport<R> {
     isr: Structure<R>,
     device: Option<Structure<R>>,
     device_id: u32,
-    lives: Lives,
+    epoch: ResetEpoch,
     reset_reads: u32,
     messages: Option<MessageVectors>,
     /// Doorbells say where the queue stands (NOTIFICATION_DATA).
@@ -227,7 +227,7 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
             *messages = MessageVectors::NONE;
         }
         // SAFETY: the status reads 0: the reset is over.
-        Ok(unsafe { self.lives.over() })
+        Ok(unsafe { self.epoch.end() })
     }
 
     fn reset_queue(&mut self, queue: u16) -> Result<Quiesced, ResetTimeout> {
@@ -244,11 +244,11 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
             u32::from(self.common.read_u16(common::QUEUE_RESET))
         })?;
         // SAFETY: the field reads 0: the queue's reset is over.
-        Ok(unsafe { self.lives.queue_over(queue) })
+        Ok(unsafe { self.epoch.end_queue(queue) })
     }
 
     fn identity(&self, queue: u16) -> QueueIdentity {
-        self.lives.queue(queue)
+        self.epoch.queue(queue)
     }
 
     fn device_features(&mut self) -> Features {

@@ -4,7 +4,7 @@
 
 use super::{PciTransport, RESET_READS};
 use crate::pci::{ConfigAccess, Function, MemoryBar, MemoryPool, PciConfig, PciError};
-use crate::quiesce::Lives;
+use crate::quiesce::ResetEpoch;
 use crate::register::Registers;
 use pvkit_protocol::pci::{Command, capability, header};
 use pvkit_protocol::virtio::pci::{self as wire, Capability, NotifyCapability, cfg_type, common};
@@ -241,7 +241,7 @@ impl<R: Registers> PciTransport<R> {
             isr: isr?,
             device,
             device_id,
-            lives: Lives::new(),
+            epoch: ResetEpoch::new(),
             reset_reads: RESET_READS,
             messages: None,
             notification_data: false,
