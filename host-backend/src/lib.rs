@@ -89,11 +89,13 @@ pub mod link;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod pci;
+pub mod state;
 pub mod virtio;
 #[cfg(feature = "vmm")]
 pub mod vmm;
 pub mod worker;
 
+mod log_limit;
 mod message;
 mod sync;
 

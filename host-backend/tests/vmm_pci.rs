@@ -251,7 +251,7 @@ fn a_request_is_served_and_its_doorbell_does_not_leave_the_kernel() {
     let (stop, exits) = run(vm, code);
     assert_eq!(stop, Stop::DebugExit(0), "the status byte");
     assert_eq!(exits.mmio_write, 12, "everything but the doorbell");
-    assert_eq!(counters[0].kicks.get(), 1);
+    assert_eq!(counters[0].queue.kicks.get(), 1);
 }
 
 #[test]

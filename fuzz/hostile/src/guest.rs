@@ -425,8 +425,9 @@ impl Guest {
             served.polls += 1;
             assert!(served.polls < PATIENCE, "the device never rests");
             match steps.poll(64).first() {
-                Some(Progress::Broken(fault)) => {
-                    let earlier = served.fault.replace(*fault);
+                Some(Progress::Broken(why)) => {
+                    let fault = why.downcast_ref().copied();
+                    let earlier = served.fault.replace(fault.expect("a driver's fault"));
                     assert_eq!(earlier, None, "a fault is reported once");
                 }
                 Some(Progress::More) => {}

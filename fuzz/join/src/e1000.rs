@@ -12,8 +12,7 @@ use pvkit_host::emulated::e1000::{E1000, E1000Counters, E1000Options};
 use pvkit_host::executor::Executor;
 use pvkit_host::link::Link;
 use pvkit_host::pci::PciRoot;
-use pvkit_host::virtio::device::DeviceEvents;
-use pvkit_host::virtio::queue::Fault;
+use pvkit_host::worker::{Failure, LaneEvents};
 use pvkit_protocol::emulated::e1000::register;
 use pvkit_protocol::frame::MacAddress;
 use pvkit_protocol::pci::Bdf;
@@ -26,11 +25,9 @@ pub const PLACE: Bdf = Bdf::new(3, 0);
 #[derive(Debug)]
 struct NoEvents;
 
-impl DeviceEvents for NoEvents {
-    fn config_changed(&self) {}
-
-    fn needs_reset(&self, lane: u16, fault: Fault) {
-        panic!("lane {lane} of a card has no rings that could break: {fault}");
+impl LaneEvents for NoEvents {
+    fn failed(&self, lane: u16, why: &Failure) {
+        panic!("lane {lane} of a card has no rings that could break: {why}");
     }
 }
 

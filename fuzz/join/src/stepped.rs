@@ -3,8 +3,7 @@
 
 use pvkit_host::event::is_readable;
 use pvkit_host::executor::{Executor, Stopped};
-use pvkit_host::virtio::device::DeviceEvents;
-use pvkit_host::worker::{Progress, Worker};
+use pvkit_host::worker::{LaneEvents, Progress, Worker};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 #[derive(Debug)]
 struct Lane {
     worker: Box<dyn Worker>,
-    events: Arc<dyn DeviceEvents>,
+    events: Arc<dyn LaneEvents>,
     /// Armed and waiting for a source.
     asleep: bool,
     broken: bool,
@@ -47,11 +46,11 @@ fn lock(lanes: &Lanes) -> MutexGuard<'_, Vec<Option<Lane>>> {
 impl Lane {
     fn poll(&mut self, lane: usize, budget: u32) -> Progress {
         let progress = self.worker.poll(budget);
-        match progress {
-            Progress::Broken(fault) => {
-                assert!(!self.broken, "a fault is reported once, and not {fault}");
+        match &progress {
+            Progress::Broken(why) => {
+                assert!(!self.broken, "a failure is reported once, and not {why}");
                 self.broken = true;
-                self.events.needs_reset(lane as u16, fault);
+                self.events.failed(lane as u16, why);
             }
             Progress::Stopped => self.done = true,
             Progress::More | Progress::Drained => {}
@@ -139,7 +138,7 @@ impl Executor for Stepped {
         &mut self,
         lane: u16,
         worker: Box<dyn Worker>,
-        events: Arc<dyn DeviceEvents>,
+        events: Arc<dyn LaneEvents>,
     ) -> io::Result<()> {
         let mut lanes = lock(&self.0);
         let index = usize::from(lane);
@@ -162,23 +161,23 @@ impl Executor for Stepped {
         }
     }
 
-    fn stopped(&mut self, lane: u16) -> Stopped {
+    fn poll_stopped(&mut self, lane: u16) -> Stopped {
         let mut lanes = lock(&self.0);
         let Some(place) = lanes.get_mut(usize::from(lane)) else {
-            return Stopped::Gone;
+            return Stopped::Lost;
         };
         let Some(running) = place else {
-            return Stopped::Gone;
+            return Stopped::Lost;
         };
         if !running.done {
             // The driver waits for the reset and nobody else steps meanwhile.
             running.poll(usize::from(lane), u32::MAX);
         }
         if !running.done {
-            return Stopped::NotYet;
+            return Stopped::Pending;
         }
         place
             .take()
-            .map_or(Stopped::Gone, |lane| Stopped::Worker(lane.worker))
+            .map_or(Stopped::Lost, |lane| Stopped::Worker(lane.worker))
     }
 }

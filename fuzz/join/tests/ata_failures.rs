@@ -12,8 +12,7 @@ use pvkit_guest::register::PortIo;
 use pvkit_host::disk::{DiskError, DiskOp, MemoryDisk};
 use pvkit_host::emulated::ata::{DriveOptions, Ide, IdeWorker, Which};
 use pvkit_host::executor::{Executor, ThreadOptions, Threads};
-use pvkit_host::virtio::device::DeviceEvents;
-use pvkit_host::worker::{Progress, Worker};
+use pvkit_host::worker::{Failure, LaneEvents, Progress, Worker};
 use pvkit_join::ide::IdeJoin;
 use pvkit_protocol::pci::{Command, header};
 use std::sync::Arc;
@@ -48,10 +47,9 @@ fn disks_that_queue_are_finished_by_the_worker() {
 #[derive(Debug)]
 struct NoEvents;
 
-impl DeviceEvents for NoEvents {
-    fn config_changed(&self) {}
-    fn needs_reset(&self, lane: u16, fault: pvkit_host::virtio::queue::Fault) {
-        panic!("lane {lane}: {fault}");
+impl LaneEvents for NoEvents {
+    fn failed(&self, lane: u16, why: &Failure) {
+        panic!("lane {lane}: {why}");
     }
 }
 
@@ -145,7 +143,6 @@ fn a_worker_stops_when_nothing_is_in_flight() {
     assert_eq!(pair.join.worker.poll(1), Progress::Drained);
     pair.disk.set(Gate::Open);
     assert_eq!(pair.join.worker.poll(1), Progress::Stopped);
-    assert_eq!(pair.join.worker.state(), Default::default());
     let done = pair.ata.complete().unwrap().unwrap();
     assert_eq!(done.buffer.unwrap(), pattern(0, 512));
 }

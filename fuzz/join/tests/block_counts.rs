@@ -61,12 +61,12 @@ fn one_doorbell_and_one_interrupt_a_batch_whatever_its_size() {
                 "the driver's count, {name}"
             );
             assert_eq!(
-                pair.join.counters.kicks.get(),
+                pair.join.counters.queue.kicks.get(),
                 rounds,
                 "the device's count, {name}"
             );
             assert_eq!(
-                pair.join.counters.signals.get(),
+                pair.join.counters.queue.signals.get(),
                 rounds,
                 "the device's count, {name}"
             );

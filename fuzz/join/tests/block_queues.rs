@@ -110,8 +110,8 @@ fn each_queue_has_one_doorbell_and_one_interrupt_a_batch() {
                 let requests = batches * (n + 3);
                 assert_eq!(queue.counters().kicks, batches, "{name}, queue {n}");
                 assert_eq!(queue.counters().completed, requests, "{name}, queue {n}");
-                assert_eq!(counters.kicks.get(), batches, "{name}, queue {n}");
-                assert_eq!(counters.signals.get(), batches, "{name}, queue {n}");
+                assert_eq!(counters.queue.kicks.get(), batches, "{name}, queue {n}");
+                assert_eq!(counters.queue.signals.get(), batches, "{name}, queue {n}");
                 assert_eq!(counters.requests.get(), requests, "{name}, queue {n}");
                 assert_eq!(counters.bytes_read.get(), requests * 512);
             }

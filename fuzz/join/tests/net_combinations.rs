@@ -289,10 +289,9 @@ fn whatever_was_agreed_on_every_byte_arrives() {
             }
         }
         receive(of, &mut joined, agreed);
-        let lies =
-            joined.join.counters.iter().map(|c| {
-                c.tx_lies.get() + c.tx_short.get() + c.rx_unfit.get() + c.rx_no_room.get()
-            });
+        let lies = joined.join.counters.iter().map(|c| {
+            c.tx_bad_header.get() + c.tx_short.get() + c.rx_unfit.get() + c.rx_no_room.get()
+        });
         assert_eq!(lies.sum::<u64>(), 0);
         count += 1;
     }

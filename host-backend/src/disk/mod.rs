@@ -154,6 +154,15 @@ pub trait Disk: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Looks at the size of the medium again; whether it has changed. Requests
+    /// are checked against the new size from then on.
+    ///
+    /// # Errors
+    /// [`DiskError`] if it cannot be read; it is as before then.
+    fn refresh(&self) -> Result<bool, DiskError> {
+        Ok(false)
+    }
+
     /// Opens a lane for up to `depth` requests in flight. Tags are below
     /// `depth`.
     ///

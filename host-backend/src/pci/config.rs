@@ -124,8 +124,14 @@ pub enum ConfigError {
     NoVectors,
 }
 
-/// 256 bytes of configuration space, which the guest changes only where it
-/// may.
+/// A saved configuration space is that of a function with another identity,
+/// other base address registers, or other capabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the saved configuration space is that of another function")]
+pub struct OtherFunction;
+
+/// 256 bytes of configuration space, of which the guest changes only the
+/// writable bits.
 pub struct ConfigSpace {
     bytes: [u8; CONFIG_BYTES],
     /// Bits that the guest can write.
@@ -370,6 +376,29 @@ impl ConfigSpace {
             *byte = *byte & !mask | new & mask;
         }
         self.follow_command();
+    }
+
+    /// The bytes, for a saved state.
+    #[must_use]
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes over what a guest wrote into a space like this one.
+    ///
+    /// # Errors
+    /// [`OtherFunction`] if `saved` is not of a function like this one; then
+    /// nothing changes.
+    pub fn restore(&mut self, saved: &[u8]) -> Result<(), OtherFunction> {
+        let fixed = |bytes: &[u8]| {
+            let bytes = bytes.iter().zip(&self.writable);
+            bytes.map(|(byte, mask)| byte & !mask).collect::<Vec<_>>()
+        };
+        if saved.len() != CONFIG_BYTES || fixed(saved) != fixed(&self.bytes) {
+            return Err(OtherFunction);
+        }
+        self.write(0, saved);
+        Ok(())
     }
 
     /// The byte at `offset`.

@@ -38,10 +38,10 @@ mod intx;
 mod msix;
 mod root;
 
-pub use config::{Bar, ConfigError, ConfigSpace, FunctionId, Space, Window};
+pub use config::{Bar, ConfigError, ConfigSpace, FunctionId, OtherFunction, Space, Window};
 pub use firmware::{MemoryPool, NoRoom, assign_memory, assign_ports};
 pub use intx::{Intx, IntxLines, IntxPin};
-pub use msix::{Message, Messages, Msix, MsixControl};
+pub use msix::{Message, Messages, Msix, MsixControl, MsixState, OtherTable};
 pub use root::{AttachError, ConfigPorts, PciRoot};
 
 use std::fmt;

@@ -3,8 +3,10 @@
 
 use super::{ConfigError, ConfigSpace};
 use pvkit_protocol::pci::{capability, msix};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
+use thiserror::Error;
 
 pub use pvkit_protocol::pci::msix::Control as MsixControl;
 
@@ -74,6 +76,27 @@ impl Entry {
         }
     }
 }
+
+/// The saved vectors of a function. Whether MSI-X is on is in its configuration
+/// space.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MsixState(Vec<SavedEntry>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedEntry {
+    address: u64,
+    data: u32,
+    masked: bool,
+    pending: bool,
+}
+
+/// A saved table has another number of vectors, or an address that no guest can
+/// have written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the saved MSI-X table is that of another function")]
+pub struct OtherTable;
 
 /// The vectors of a function: their table, and which of them are pending.
 ///
@@ -152,8 +175,9 @@ impl Msix {
         if control == self.control {
             return;
         }
+        let was_enabled = self.is_enabled();
         self.control = control;
-        if !self.is_enabled() {
+        if was_enabled && !self.is_enabled() {
             self.forget();
         }
         for vector in 0..self.vectors() {
@@ -166,6 +190,57 @@ impl Msix {
         for entry in &mut self.entries {
             entry.pending = false;
         }
+    }
+
+    /// The table and the pending bits.
+    #[must_use]
+    pub fn save(&self) -> MsixState {
+        let saved = self.entries.iter().map(|entry| {
+            let Entry {
+                address,
+                data,
+                masked,
+                pending,
+                // Follows from the others.
+                told: _,
+            } = *entry;
+            SavedEntry {
+                address,
+                data,
+                masked,
+                pending,
+            }
+        });
+        MsixState(saved.collect())
+    }
+
+    /// Takes over a saved table, on a function whose MSI-X is off;
+    /// [`set_control`](Self::set_control) switches it on.
+    ///
+    /// # Errors
+    /// [`OtherTable`]; then nothing changes.
+    pub fn restore(&mut self, state: &MsixState) -> Result<(), OtherTable> {
+        let MsixState(saved) = state;
+        let possible = saved.iter().all(|entry| entry.address & 0b11 == 0);
+        if saved.len() != self.entries.len() || !possible {
+            return Err(OtherTable);
+        }
+        for (entry, saved) in self.entries.iter_mut().zip(saved) {
+            let SavedEntry {
+                address,
+                data,
+                masked,
+                pending,
+            } = *saved;
+            *entry = Entry {
+                address,
+                data,
+                masked,
+                pending,
+                told: None,
+            };
+        }
+        Ok(())
     }
 
     /// Interrupts through a vector. Vectors that do not exist are ignored.

@@ -3,6 +3,7 @@
 
 pub mod block;
 pub mod device;
+pub mod lanes;
 pub mod net;
 pub mod queue;
 pub mod transport;

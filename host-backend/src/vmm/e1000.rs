@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::error::host;
-use super::{NoEvents, Vm, VmError, set_interrupt_line};
+use super::{LogFailure, Vm, VmError, set_interrupt_line};
 use crate::emulated::e1000::{E1000, E1000Counters, E1000Options};
 use crate::executor::{Executor, ThreadOptions, Threads};
 use crate::link::Link;
@@ -38,7 +38,7 @@ impl Vm {
         self.threads.lanes.push(executor.running());
         if let Some(worker) = worker {
             executor
-                .start(0, Box::new(worker), Arc::new(NoEvents))
+                .start(0, Box::new(worker), Arc::new(LogFailure("e1000")))
                 .map_err(host("a thread for the network"))?;
         }
         self.executors.push(executor);

@@ -38,10 +38,9 @@ use crate::executor::{Executor, LaneThread, ThreadOptions, Threads};
 use crate::memory::GuestMemory;
 use crate::pci::{ConfigPorts, MemoryPool, PciFunction, PciRoot, assign_memory, bridge};
 use crate::sync::lock;
-use crate::virtio::device::{Device, DeviceEvents};
-use crate::virtio::queue::Fault;
+use crate::virtio::device::Device;
 use crate::virtio::transport::{MmioTransport, PciOptions, PciTransport};
-use crate::worker::Signal;
+use crate::worker::{Failure, LaneEvents, Signal};
 use bus::{Bus, Space};
 use error::{call, host};
 use irq::{Lines, PciLines};
@@ -154,15 +153,14 @@ pub struct Vm {
     executors: Vec<Threads>,
 }
 
-/// The events of a worker that cannot break.
+/// Logs the failure of an emulated device's worker. It does not break by what
+/// its guest does.
 #[derive(Debug)]
-struct NoEvents;
+struct LogFailure(&'static str);
 
-impl DeviceEvents for NoEvents {
-    fn config_changed(&self) {}
-
-    fn needs_reset(&self, lane: u16, fault: Fault) {
-        log::error!("lane {lane}: {fault}");
+impl LaneEvents for LogFailure {
+    fn failed(&self, _lane: u16, why: &Failure) {
+        log::error!("{}: {why}", self.0);
     }
 }
 
@@ -443,7 +441,7 @@ impl Vm {
         self.threads.lanes.push(executor.running());
         let worker = IdeWorker::new(ide.clone()).map_err(host("an event counter"))?;
         executor
-            .start(0, Box::new(worker), Arc::new(NoEvents))
+            .start(0, Box::new(worker), Arc::new(LogFailure("IDE")))
             .map_err(host("a thread for the disks"))?;
         self.executors.push(executor);
         Ok(ide)

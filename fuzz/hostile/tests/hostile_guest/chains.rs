@@ -29,7 +29,7 @@ fn cycles() {
     // OpenVMM #4045, #4036: a worker that follows a cycle spins for ever.
     let fault = Fault::ChainTooLong {
         head: 0,
-        most: LONGEST,
+        max: LONGEST,
     };
     for (name, chain) in [
         ("to itself", vec![then(readable(LOW.start, 16), 0)]),
@@ -73,7 +73,7 @@ fn cycles() {
 fn chains_that_are_too_long() {
     let fault = Fault::ChainTooLong {
         head: 0,
-        most: LONGEST,
+        max: LONGEST,
     };
     for direct in [1, 2, 7] {
         attack("direct descriptors and a full table", fault, |guest| {

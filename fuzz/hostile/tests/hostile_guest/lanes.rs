@@ -2,10 +2,13 @@
 //! but a reset waits for all.
 
 use super::{Ready, SECTORS, options};
+use pvkit_host::state::{RestoreError, SavedState};
 use pvkit_host::virtio::block::Block;
-use pvkit_host::virtio::device::{Device, DeviceEvents, Identity, LaneResources, StartError};
+use pvkit_host::virtio::device::{
+    ConfigEvents, Device, Identity, LaneResources, LaneState, StartError,
+};
 use pvkit_host::virtio::queue::Fault;
-use pvkit_host::worker::{LaneState, Progress, Worker};
+use pvkit_host::worker::{Failure, Progress, Worker};
 use pvkit_hostile::guest::{Guest, HOLE, LOW, Machine, readable, writable};
 use pvkit_join::disk::{RecordingDisk, pattern};
 use pvkit_join::stepped::{Steps, stepped};
@@ -22,10 +25,11 @@ impl Device for Three {
     fn identity(&self) -> Identity {
         Identity {
             lanes: vec![0..1, 1..2, 2..3],
+            queue_sizes: vec![self.0[0].identity().queue_sizes[0]; 3],
             ..self.0[0].identity()
         }
     }
-    fn connect(&mut self, events: Arc<dyn DeviceEvents>) {
+    fn connect(&mut self, events: Arc<dyn ConfigEvents>) {
         for block in &mut self.0 {
             block.connect(events.clone());
         }
@@ -39,9 +43,18 @@ impl Device for Three {
         lane: u16,
         resources: LaneResources,
         features: Features,
-        at: Option<LaneState>,
+        at: Option<&LaneState>,
     ) -> Result<Box<dyn Worker>, StartError> {
         self.0[usize::from(lane)].start(0, resources, features, at)
+    }
+    fn stopped(&mut self, lane: u16, worker: Box<dyn Worker>) -> LaneState {
+        self.0[usize::from(lane)].stopped(0, worker)
+    }
+    fn save(&self) -> SavedState {
+        self.0[0].save()
+    }
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        self.0[0].restore(state)
     }
     fn reset(&mut self) {}
 }
@@ -132,7 +145,7 @@ fn a_queue_that_breaks_beside_two_that_do_not() {
         progress,
         [
             Progress::Drained,
-            Progress::Broken(fault),
+            Progress::Broken(Failure::new(fault)),
             Progress::Drained
         ]
     );

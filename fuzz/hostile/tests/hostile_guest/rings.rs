@@ -4,9 +4,9 @@ use super::{Ready, SECTORS, Scene, attack, options};
 use pvkit_host::disk::MemoryDisk;
 use pvkit_host::event::EventFd;
 use pvkit_host::virtio::block::{Block, BlockOptions};
-use pvkit_host::virtio::device::{Device, LaneResources};
-use pvkit_host::virtio::queue::{Fault, QueueAddresses, QueueResources, QueueState};
-use pvkit_host::worker::{LaneState, Progress, SignalCounter};
+use pvkit_host::virtio::device::{Device, LaneResources, LaneState, StartError};
+use pvkit_host::virtio::queue::{Fault, QueueAddresses, QueueError, QueueResources, QueueState};
+use pvkit_host::worker::{Failure, Progress, SignalCounter};
 use pvkit_hostile::Noise;
 use pvkit_hostile::guest::{Guest, HIGH, HOLE, LOW, Layout, Machine, TOP, readable, writable};
 use pvkit_join::disk::pattern;
@@ -215,17 +215,20 @@ fn a_state_to_continue_from_that_is_nonsense() {
             1 => index.wrapping_sub(noise.below(9) as u16),
             _ => noise.next_u64() as u16,
         };
-        let next_used = noise.next_u64() as u16;
+        let next_used = match round % 8 {
+            0 => noise.next_u64() as u16,
+            _ => next_avail,
+        };
         let queue = QueueState {
             next_avail,
             next_used,
         };
         // Of too many queues, the first counts; of none, a fresh one.
-        let queues = vec![queue; noise.below(3) as usize];
+        let queues = vec![Some(queue); noise.below(3) as usize];
         let fresh = queues.is_empty();
         let resources = LaneResources {
             memory: memory.clone(),
-            queues: vec![QueueResources {
+            queues: vec![Some(QueueResources {
                 at: QueueAddresses {
                     size: size.get(),
                     descriptors: layout.descriptors,
@@ -234,28 +237,35 @@ fn a_state_to_continue_from_that_is_nonsense() {
                 },
                 signal: Arc::new(SignalCounter::default()),
                 kick: Arc::new(EventFd::new().unwrap()),
-            }],
+            })],
         };
         let mut device = Block::new(Arc::new(MemoryDisk::new(8)), options()).unwrap();
-        let mut worker = device
-            .start(
-                0,
-                resources,
-                Features::VERSION_1,
-                Some(LaneState { queues }),
-            )
-            .unwrap();
+        let at = LaneState { queues };
+        let started = device.start(0, resources, Features::VERSION_1, Some(&at));
+        if !fresh && next_avail != next_used {
+            let expected = QueueError::NotDrained {
+                avail: next_avail,
+                used: next_used,
+            };
+            let error = started.unwrap_err();
+            assert!(matches!(error, StartError::Queue(error) if error == expected));
+            continue;
+        }
+        let mut worker = started.unwrap();
         let from = if fresh { 0 } else { next_avail };
         let progress = worker.poll(64);
         if index.wrapping_sub(from) > 8 {
             let (to, size) = (index, 8);
             let fault = Fault::IndexJump { from, to, size };
-            assert_eq!(progress, Progress::Broken(fault));
+            assert_eq!(progress, Progress::Broken(Failure::new(fault)));
         } else if index == from {
             assert_eq!(progress, Progress::Drained);
         } else {
             // There are no descriptors: the first chain is empty.
-            assert_eq!(progress, Progress::Broken(Fault::Empty { head: 0 }));
+            assert_eq!(
+                progress,
+                Progress::Broken(Failure::new(Fault::Empty { head: 0 }))
+            );
         }
         worker.begin_stop();
         assert_eq!(worker.poll(64), Progress::Stopped);

@@ -129,7 +129,7 @@ fn commands_in_pieces() {
         scene.steps.run();
         assert_eq!(scene.control.used(), [1]);
         assert_eq!(scene.control.guest.peek(at + 90, 4), [OK, 0xee, 0xee, 0xee]);
-        assert_eq!(scene.commands.signals.get(), 1);
+        assert_eq!(scene.commands.queue.signals.get(), 1);
     }
 }
 

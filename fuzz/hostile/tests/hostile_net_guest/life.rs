@@ -4,10 +4,10 @@ use super::link::TestLink;
 use super::{HEADER, OWN, PEER, Port, RINGS, SIZE, Scene, frame};
 use pvkit_host::event::EventFd;
 use pvkit_host::link::Link;
-use pvkit_host::virtio::device::{Device, DeviceEvents, LaneResources};
+use pvkit_host::virtio::device::{ConfigEvents, Device, LaneResources, LaneState};
 use pvkit_host::virtio::net::{MAX_PAIRS, Net, NetOptions, NetOptionsError};
-use pvkit_host::virtio::queue::{Fault, QueueAddresses, QueueResources};
-use pvkit_host::worker::{LaneState, Progress, SignalCounter, Worker};
+use pvkit_host::virtio::queue::{QueueAddresses, QueueResources};
+use pvkit_host::worker::{Progress, SignalCounter, Worker};
 use pvkit_hostile::guest::{readable, writable};
 use pvkit_protocol::frame::{FrameMeta, MacAddress, Offloads};
 use pvkit_protocol::virtio::Features;
@@ -52,11 +52,8 @@ fn a_link_that_is_down_hinders_nobody() {
 #[derive(Debug)]
 struct Nobody;
 
-impl DeviceEvents for Nobody {
+impl ConfigEvents for Nobody {
     fn config_changed(&self) {}
-    fn needs_reset(&self, lane: u16, fault: Fault) {
-        panic!("lane {lane}: {fault}");
-    }
 }
 
 /// Starts a pair by hand, over the rings of a scene whose own device does not
@@ -74,9 +71,10 @@ fn start(scene: &Scene, device: &mut Net, at: Option<LaneState>) -> Box<dyn Work
     };
     let resources = LaneResources {
         memory: scene.machine.memory().clone(),
-        queues: vec![queue(&scene.rx), queue(&scene.tx)],
+        queues: vec![Some(queue(&scene.rx)), Some(queue(&scene.tx))],
     };
-    device.start(0, resources, scene.features, at).unwrap()
+    let started = device.start(0, resources, scene.features, at.as_ref());
+    started.unwrap()
 }
 
 fn serve(worker: &mut dyn Worker) {

@@ -261,10 +261,7 @@ impl Scene {
         let mut faults = Vec::new();
         for _ in 0..1000 {
             let progress = self.steps.poll(64);
-            faults.extend(progress.iter().filter_map(|progress| match progress {
-                Progress::Broken(fault) => Some(*fault),
-                _ => None,
-            }));
+            faults.extend(progress.iter().filter_map(Progress::failure::<Fault>));
             if !progress.contains(&Progress::More) {
                 return faults;
             }

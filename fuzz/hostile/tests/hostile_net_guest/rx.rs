@@ -62,11 +62,11 @@ fn a_frame_without_enough_buffers_waits_for_them() {
             scene.rx.kick();
             assert_eq!(scene.steps.run(), 0, "too few");
             assert_eq!(scene.rx.used(), [0; 0]);
-            assert_eq!(scene.counters.rx.kicks.get(), index);
+            assert_eq!(scene.counters.rx.queue.kicks.get(), index);
             // The link has news, which is none to a device without buffers.
             scene.link.offer(0, &frame(OWN, 3, 50), PLAIN);
             assert_eq!(scene.steps.run(), 0);
-            assert_eq!(scene.counters.rx.kicks.get(), index);
+            assert_eq!(scene.counters.rx.queue.kicks.get(), index);
         }
         places.push(scene.rx.lend(300));
         scene.rx.kick();
@@ -105,10 +105,13 @@ fn a_batch_costs_one_interrupt_and_no_doorbell() {
             assert_eq!(scene.steps.run(), 1);
             assert_eq!(scene.rx.used(), [HEADER + 60; 12]);
             let rx = &scene.counters.rx;
-            assert_eq!((rx.frames.get(), rx.kicks.get()), (batch * 12, 0));
-            assert_eq!(rx.signals.get() + rx.signals_suppressed.get(), batch);
+            assert_eq!((rx.frames.get(), rx.queue.kicks.get()), (batch * 12, 0));
+            assert_eq!(
+                rx.queue.signals.get() + rx.queue.signals_suppressed.get(),
+                batch
+            );
             let packed = rings.contains(Features::RING_PACKED);
-            assert_eq!(rx.signals.get(), if packed { batch } else { 1 });
+            assert_eq!(rx.queue.signals.get(), if packed { batch } else { 1 });
             // Nobody waits for buffers: the guest is not to ring.
             if packed {
                 let asked = pvkit_hostile::guest::packed::PackedRing::asked(&scene.rx.guest);

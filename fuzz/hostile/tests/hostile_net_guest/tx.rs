@@ -138,20 +138,23 @@ fn a_batch_costs_one_doorbell_one_flush_and_one_interrupt() {
             let tx = &scene.counters.tx;
             assert_eq!(scene.link.flushes(0), batch);
             assert_eq!(
-                (tx.kicks.get(), tx.frames.get()),
+                (tx.queue.kicks.get(), tx.frames.get()),
                 (batch, batch * SENT as u64)
             );
-            assert_eq!(tx.signals.get() + tx.signals_suppressed.get(), batch);
+            assert_eq!(
+                tx.queue.signals.get() + tx.queue.signals_suppressed.get(),
+                batch
+            );
             if rings.contains(Features::RING_PACKED) {
                 // Zeroes ask for every one.
-                assert_eq!(tx.signals.get(), batch);
+                assert_eq!(tx.queue.signals.get(), batch);
             } else {
                 // `used_event` stays 0, which was passed once.
-                assert_eq!(tx.signals.get(), 1);
+                assert_eq!(tx.queue.signals.get(), 1);
             }
             assert_eq!(scene.steps.run(), 0, "it sleeps");
         }
-        assert_eq!(scene.counters.rx.kicks.get(), 0);
+        assert_eq!(scene.counters.rx.queue.kicks.get(), 0);
         assert_eq!(scene.counters.arms.get(), 21);
     }
 }
@@ -170,7 +173,7 @@ fn dropped(
     let total = |counters: &NetCounters| {
         counters.tx_short.get()
             + counters.tx_long.get()
-            + counters.tx_lies.get()
+            + counters.tx_bad_header.get()
             + counters.tx_buffers.get()
     };
     let counters = scene.counters.clone();
@@ -343,7 +346,7 @@ fn a_header_that_lies_costs_that_frame() {
             dropped(
                 &mut scene,
                 name,
-                |c| &c.tx_lies,
+                |c| &c.tx_bad_header,
                 |scene| {
                     scene.transmit(&header, &tcp4(1000));
                 },
@@ -389,7 +392,7 @@ fn what_was_not_agreed_costs_that_frame() {
                 dropped(
                     &mut scene,
                     "not agreed",
-                    |c| &c.tx_lies,
+                    |c| &c.tx_bad_header,
                     |scene| {
                         scene.transmit(&header, &tcp4(1000));
                     },

@@ -4,7 +4,7 @@
 use super::controller::Ide;
 use crate::event::EventFd;
 use crate::sync::lock;
-use crate::worker::{Interest, LaneState, Progress, Worker};
+use crate::worker::{Interest, Progress, Worker};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -90,9 +90,5 @@ impl Worker for IdeWorker {
 
     fn deadline(&self) -> Option<Instant> {
         self.deadline
-    }
-
-    fn state(&self) -> LaneState {
-        LaneState::default()
     }
 }

@@ -7,7 +7,7 @@ use super::shared::{Shared, wake};
 use super::transmit::TxContext;
 use crate::link::{LinkLane, Waits};
 use crate::memory::Snapshot;
-use crate::worker::{Interest, LaneState, Progress, Worker};
+use crate::worker::{Interest, Progress, Worker};
 use pvkit_protocol::emulated::e1000::Cause;
 use pvkit_protocol::frame::max_frame_bytes;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -186,9 +186,5 @@ impl Worker for E1000Worker {
             .into_iter()
             .flatten()
             .min()
-    }
-
-    fn state(&self) -> LaneState {
-        LaneState::default()
     }
 }

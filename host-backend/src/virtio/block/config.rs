@@ -1,22 +1,46 @@
-//! What a block device offers, and its configuration space (virtio 1.3 §5.2.3,
-//! §5.2.4).
+//! The features and the configuration space of a block device (virtio 1.3
+//! §5.2.3, §5.2.4).
 #![forbid(unsafe_code)]
 
 use super::BlockOptions;
 use super::request::MAX_RANGES;
 use crate::disk::{Disk, DiskShape};
+use crate::state::{RestoreError, SavedState};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::block::{
     BlockConfig, BlockFeatures, Topology, WRITEBACK, WRITETHROUGH,
 };
+use serde::{Deserialize, Serialize};
 use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use thiserror::Error;
 use zerocopy::{FromZeros, IntoBytes};
+
+/// The kind of the saved state.
+const KIND: &str = "virtio-blk";
+const VERSION: u32 = 1;
+
+/// The state that a driver leaves in the configuration space.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    /// The fields that do not change while the device exists, which a driver
+    /// reads once: the device that continues must have the same.
+    fixed: Vec<u8>,
+    capacity: u64,
+    writeback: bool,
+}
+
+/// Why a block device cannot continue from a state.
+#[derive(Debug, Error)]
+#[error("the device that was saved had other limits, topology or number of queues")]
+struct Differs;
 
 /// The configuration space.
 #[derive(Debug)]
 pub(super) struct Config {
+    /// Capacity and `writeback` are filled in when it is read.
     fields: BlockConfig,
     /// The driver may write `writeback`.
     writable: bool,
@@ -30,18 +54,18 @@ pub(super) enum Durability {
     Always,
     /// After a flush.
     Flush,
-    /// As `writeback` says at the moment.
+    /// As the `writeback` field says.
     Switched(Arc<AtomicBool>),
 }
 
 impl Durability {
-    /// Whether a write that starts now has to be durable when it completes.
+    /// Whether a write that starts now must be durable when it completes.
     pub(super) fn write_through(&self) -> bool {
         match self {
             Self::Always => true,
             Self::Flush => false,
-            // The driver's write of the field happens before it posts what
-            // depends on it, and that before the worker fetches it.
+            // The driver writes the field before it posts what depends on it,
+            // and the worker pops that after it was posted.
             Self::Switched(writeback) => !writeback.load(Ordering::Relaxed),
         }
     }
@@ -58,7 +82,6 @@ impl Config {
         features.set(BlockFeatures::RO, shape.read_only);
         features.set(BlockFeatures::LIFETIME, disk.lifetime().is_some());
         let mut fields = BlockConfig::new_zeroed();
-        fields.capacity.set(shape.sectors);
         fields.seg_max.set(u32::from(options.seg_max));
         fields.blk_size.set(shape.block_bytes);
         if let Some(topology) = topology(&shape) {
@@ -70,7 +93,7 @@ impl Config {
             fields.num_queues.set(options.queues);
         }
         let ranges = MAX_RANGES as u32;
-        // A disk that is read-only does none of these.
+        // A read-only disk does none of these.
         let writable = !shape.read_only;
         if let Some(limits) = shape.discard.filter(|_| writable && options.discard) {
             features |= BlockFeatures::DISCARD;
@@ -124,15 +147,49 @@ impl Config {
         }
     }
 
-    /// Back to the state at power-on.
+    pub(super) fn save(&self, disk: &dyn Disk) -> SavedState {
+        let Self {
+            fields,
+            // Follows from the features.
+            writable: _,
+            writeback,
+        } = self;
+        let state = State {
+            fixed: fields.as_bytes().to_vec(),
+            capacity: disk.shape().sectors,
+            writeback: writeback.load(Ordering::Relaxed),
+        };
+        SavedState::new(KIND, VERSION, &state)
+    }
+
+    /// Takes over a saved state; whether the capacity has changed since.
+    pub(super) fn restore(
+        &mut self,
+        disk: &dyn Disk,
+        state: &SavedState,
+    ) -> Result<bool, RestoreError> {
+        let State {
+            fixed,
+            capacity,
+            writeback,
+        } = state.open(KIND, VERSION)?;
+        if fixed != self.fields.as_bytes() {
+            return Err(RestoreError::invalid(KIND, Differs));
+        }
+        self.writeback.store(writeback, Ordering::Relaxed);
+        Ok(capacity != disk.shape().sectors)
+    }
+
+    /// Returns to the state at power-on.
     pub(super) fn reset(&mut self) {
         self.writable = false;
         self.writeback.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn read(&self, offset: u32, out: &mut [u8]) {
+    pub(super) fn read(&self, disk: &dyn Disk, offset: u32, out: &mut [u8]) {
         out.fill(0);
         let mut fields = self.fields;
+        fields.capacity.set(disk.shape().sectors);
         fields.writeback = if self.writeback.load(Ordering::Relaxed) {
             WRITEBACK
         } else {
@@ -159,21 +216,22 @@ impl Config {
     }
 }
 
-/// The topology in logical blocks, if the disk has one that can be said so.
+/// The topology in logical blocks, if the disk has one that fits the fields.
 fn topology(shape: &DiskShape) -> Option<Topology> {
     let topology = shape.topology?;
     let block = shape.block_bytes.max(1);
     let physical = topology.physical_block_bytes / block;
     let offset = topology.alignment_offset_bytes / block;
     let min_io = topology.min_io_bytes / block;
-    let mut said = Topology {
+    let mut fields = Topology {
         // At most 22: blocks have at least 512 bytes.
         physical_block_exp: physical.checked_ilog2()? as u8,
         alignment_offset: u8::try_from(offset).ok()?,
         ..Topology::default()
     };
-    said.min_io_size
+    fields
+        .min_io_size
         .set(u16::try_from(min_io).unwrap_or(u16::MAX));
-    said.opt_io_size.set(topology.opt_io_bytes / block);
-    Some(said)
+    fields.opt_io_size.set(topology.opt_io_bytes / block);
+    Some(fields)
 }

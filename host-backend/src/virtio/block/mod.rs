@@ -5,16 +5,19 @@ mod config;
 mod request;
 mod worker;
 
-use super::device::{Device, DeviceEvents, Identity, LaneResources, StartError};
-use crate::disk::Disk;
-use crate::worker::{Counter, LaneState, Worker};
+use super::device::{ConfigEvents, Device, Identity, LaneResources, LaneState, StartError};
+use super::queue::QueueCounters;
+use crate::disk::{Disk, DiskError};
+use crate::state::{RestoreError, SavedState};
+use crate::worker::{Counter, Worker};
 use config::Config;
 use pvkit_protocol::virtio::block::BlockConfig;
 use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{Features, device_id};
-use std::sync::Arc;
+use std::any::Any;
+use std::sync::{Arc, OnceLock};
 use thiserror::Error;
-use worker::BlockWorker;
+use worker::{BlockWorker, LaneContext};
 
 /// How a block device presents its disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,7 +89,7 @@ const SEG_MAX_LIMIT: u16 = 1022;
 /// Most request queues of a device.
 pub const MAX_QUEUES: u16 = 64;
 
-/// What one queue has done.
+/// Statistics of one queue.
 #[derive(Debug, Default)]
 pub struct BlockCounters {
     /// Requests returned to the driver.
@@ -103,12 +106,8 @@ pub struct BlockCounters {
     pub bytes_zeroed: Counter,
     /// Operations that the disk could not do at once.
     pub queued: Counter,
-    /// Doorbells, as taken from the kick descriptor.
-    pub kicks: Counter,
-    /// Interrupts sent.
-    pub signals: Counter,
-    /// Batches published without an interrupt, because the driver wanted none.
-    pub signals_suppressed: Counter,
+    /// Notifications and interrupts.
+    pub queue: QueueCounters,
     /// How often the worker asked for notifications before waiting.
     pub arms: Counter,
 }
@@ -125,7 +124,30 @@ pub struct Block {
     config: Config,
     /// By queue.
     counters: Vec<Arc<BlockCounters>>,
-    events: Option<Arc<dyn DeviceEvents>>,
+    events: Arc<OnceLock<Arc<dyn ConfigEvents>>>,
+}
+
+/// Announces a new size of the disk to the driver, from any thread.
+#[derive(Debug, Clone)]
+pub struct BlockResizer {
+    disk: Arc<dyn Disk>,
+    events: Arc<OnceLock<Arc<dyn ConfigEvents>>>,
+}
+
+impl BlockResizer {
+    /// Has the disk look at its size again, and interrupts the driver if it has
+    /// changed (virtio 1.3 §5.2.4). Returns the size in sectors.
+    ///
+    /// # Errors
+    /// [`DiskError`] if the size cannot be read; it is as before then.
+    pub fn refresh(&self) -> Result<u64, DiskError> {
+        if self.disk.refresh()?
+            && let Some(events) = self.events.get()
+        {
+            events.config_changed();
+        }
+        Ok(self.disk.shape().sectors)
+    }
 }
 
 impl Block {
@@ -154,7 +176,7 @@ impl Block {
             device_id: device_id::BLOCK,
             features,
             lanes: queues.clone().map(|queue| queue..queue + 1).collect(),
-            queue_size_max: options.queue_size,
+            queue_sizes: vec![options.queue_size; usize::from(options.queues)],
             config_bytes: size_of::<BlockConfig>() as u32,
         };
         Ok(Self {
@@ -163,7 +185,7 @@ impl Block {
             identity,
             config,
             counters: queues.map(|_| Arc::default()).collect(),
-            events: None,
+            events: Arc::default(),
         })
     }
 
@@ -173,7 +195,16 @@ impl Block {
         self.counters.first().cloned().unwrap_or_default()
     }
 
-    /// The counters of every queue, in their order.
+    /// A handle that announces a new size of the disk.
+    #[must_use]
+    pub fn resizer(&self) -> BlockResizer {
+        BlockResizer {
+            disk: self.disk.clone(),
+            events: self.events.clone(),
+        }
+    }
+
+    /// The counters of every queue, in order.
     #[must_use]
     pub fn queue_counters(&self) -> Vec<Arc<BlockCounters>> {
         self.counters.clone()
@@ -185,8 +216,9 @@ impl Device for Block {
         self.identity.clone()
     }
 
-    fn connect(&mut self, events: Arc<dyn DeviceEvents>) {
-        self.events = Some(events);
+    fn connect(&mut self, events: Arc<dyn ConfigEvents>) {
+        // Connected once: a second receiver has no meaning.
+        let _ = self.events.set(events);
     }
 
     fn negotiated(&mut self, features: Features) {
@@ -194,7 +226,7 @@ impl Device for Block {
     }
 
     fn read_config(&self, offset: u32, out: &mut [u8]) {
-        self.config.read(offset, out);
+        self.config.read(&*self.disk, offset, out);
     }
 
     fn write_config(&mut self, offset: u32, data: &[u8]) {
@@ -206,25 +238,46 @@ impl Device for Block {
         lane: u16,
         resources: LaneResources,
         features: Features,
-        at: Option<LaneState>,
+        at: Option<&LaneState>,
     ) -> Result<Box<dyn Worker>, StartError> {
-        let Some(counters) = self.counters.get(usize::from(lane)) else {
+        let LaneResources { memory, queues } = resources;
+        let (Some(counters), [Some(queue)]) =
+            (self.counters.get(usize::from(lane)), queues.as_slice())
+        else {
             return Err(StartError::NoLane(lane));
         };
-        // A lane may start without a negotiation by this device: one that goes
-        // on where another stopped.
-        self.config.negotiated(features);
-        let worker = BlockWorker::new(
-            lane,
-            resources,
+        let context = LaneContext {
+            memory: &memory,
+            queue,
             features,
-            at,
-            &self.disk,
-            &self.options,
-            self.config.durability(features),
-            counters.clone(),
-        )?;
-        Ok(Box::new(worker))
+            at: at.and_then(|at| at.queue(0)),
+            disk: &self.disk,
+            options: &self.options,
+            durability: self.config.durability(features),
+            counters,
+        };
+        Ok(Box::new(BlockWorker::new(context)?))
+    }
+
+    fn stopped(&mut self, _lane: u16, worker: Box<dyn Worker>) -> LaneState {
+        let worker: Box<dyn Any> = worker;
+        let worker = worker.downcast::<BlockWorker>();
+        LaneState {
+            queues: vec![worker.ok().and_then(|worker| worker.state())],
+        }
+    }
+
+    fn save(&self) -> SavedState {
+        self.config.save(&*self.disk)
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        if self.config.restore(&*self.disk, state)?
+            && let Some(events) = self.events.get()
+        {
+            events.config_changed();
+        }
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -1,5 +1,5 @@
-//! Requests as the driver wrote them: copied out of guest memory once, checked,
-//! and turned into what a disk does (virtio 1.3 §5.2.6).
+//! Range requests: copied out of guest memory once, checked, and turned into
+//! disk operations (virtio 1.3 §5.2.6).
 #![forbid(unsafe_code)]
 
 use super::config::Durability;
@@ -12,7 +12,7 @@ use pvkit_protocol::virtio::block::{
 };
 use zerocopy::{FromZeros, IntoBytes};
 
-/// Most ranges of a discard, write zeroes or secure erase.
+/// Maximum ranges of a discard, write zeroes or secure erase.
 pub(super) const MAX_RANGES: usize = 32;
 
 /// An operation on the disk.
@@ -22,14 +22,25 @@ pub(super) struct Step {
     pub(super) sector: u64,
 }
 
-/// A status byte for a request that is over before it has begun.
+/// Why a request is not started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Rejected(pub(super) u8);
+pub(super) enum Refusal {
+    /// It completes with this status.
+    Status(u8),
+    /// Its chain breaks the queue.
+    Fault(Fault),
+}
 
-const IOERR: Rejected = Rejected(status::IOERR);
-const UNSUPP: Rejected = Rejected(status::UNSUPP);
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
 
-/// What ranges are checked against.
+const IOERR: Refusal = Refusal::Status(status::IOERR);
+const UNSUPP: Refusal = Refusal::Status(status::UNSUPP);
+
+/// The limits that requests are checked against.
 #[derive(Debug)]
 pub(super) struct Rules {
     pub(super) shape: DiskShape,
@@ -54,15 +65,15 @@ impl Rules {
         }
     }
 
-    /// Copies the ranges of a request, whose data starts behind the header,
-    /// and checks all of them before any is done. `out` keeps its capacity.
+    /// Copies the ranges of a request, which follow its header, and checks all of
+    /// them before any is executed. `out` keeps its capacity.
     pub(super) fn ranges(
         &self,
         kind: RequestType,
         chain: &Chain,
         bufs: &mut IoBufs,
         out: &mut Vec<Step>,
-    ) -> Result<Result<(), Rejected>, Fault> {
+    ) -> Result<(), Refusal> {
         out.clear();
         let feature = match kind {
             RequestType::DISCARD => BlockFeatures::DISCARD,
@@ -70,16 +81,16 @@ impl Rules {
             _ => BlockFeatures::SECURE_ERASE,
         };
         if self.shape.read_only {
-            return Ok(Err(IOERR));
+            return Err(IOERR);
         }
         if !self.features.contains(feature) {
-            return Ok(Err(UNSUPP));
+            return Err(UNSUPP);
         }
         let skip = size_of::<RequestHeader>() as u64;
         let bytes = chain.readable_bytes().saturating_sub(skip);
-        let most = (MAX_RANGES * RANGE_BYTES) as u64;
-        if bytes == 0 || bytes > most || !bytes.is_multiple_of(RANGE_BYTES as u64) {
-            return Ok(Err(IOERR));
+        let max = (MAX_RANGES * RANGE_BYTES) as u64;
+        if bytes == 0 || bytes > max || !bytes.is_multiple_of(RANGE_BYTES as u64) {
+            return Err(IOERR);
         }
         let mut ranges = [RangeSegment::new_zeroed(); MAX_RANGES];
         chain.readable_after(skip, bufs)?;
@@ -87,16 +98,13 @@ impl Rules {
         bufs.clear();
         let count = bytes as usize / RANGE_BYTES;
         for range in ranges.iter().take(count) {
-            match self.step(kind, range) {
-                Ok(step) => out.push(step),
-                Err(rejected) => return Ok(Err(rejected)),
-            }
+            out.push(self.step(kind, range)?);
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// Checks one range (§5.2.6.2).
-    fn step(&self, kind: RequestType, range: &RangeSegment) -> Result<Step, Rejected> {
+    fn step(&self, kind: RequestType, range: &RangeSegment) -> Result<Step, Refusal> {
         let allowed = match kind {
             RequestType::WRITE_ZEROES => RangeFlags::UNMAP,
             _ => RangeFlags::empty(),
@@ -119,7 +127,7 @@ impl Rules {
         match self.shape.check(op, sector, 0) {
             Ok(()) => Ok(Step { op, sector }),
             Err(error) => {
-                log::debug!("virtio-blk: a range was refused: {error}");
+                log::debug!("virtio-blk: refused a range: {error}");
                 Err(IOERR)
             }
         }

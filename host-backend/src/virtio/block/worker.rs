@@ -2,24 +2,23 @@
 #![forbid(unsafe_code)]
 
 use super::config::Durability;
-use super::request::{MAX_RANGES, Rules, Step};
+use super::request::{MAX_RANGES, Refusal, Rules, Step};
 use super::{BlockCounters, BlockOptions};
 use crate::disk::{Disk, DiskError, DiskLane, DiskOp, DiskRequest, Lifetime, SECTOR_BYTES, Submit};
-use crate::event::EventFd;
-use crate::memory::IoBufs;
-use crate::virtio::device::{LaneResources, StartError};
-use crate::virtio::queue::{Chain, Fault, Queue};
-use crate::worker::{Interest, LaneState, Progress, Signal, Worker};
+use crate::memory::{GuestMemory, IoBufs};
+use crate::virtio::device::StartError;
+use crate::virtio::queue::{Chain, Fault, KickedQueue, QueueResources, QueueState};
+use crate::worker::{Failure, Interest, Progress, Worker};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::block::{
     self, BlockFeatures, ID_BYTES, LIFETIME_BYTES, RequestHeader, RequestType, status,
 };
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use zerocopy::{FromZeros, IntoBytes};
 
-/// What has to be remembered about a request that the disk has.
+/// A request that the disk works on.
 #[derive(Debug, Clone, Copy, Default)]
 struct InFlight {
     /// Guest address of the status byte.
@@ -41,20 +40,19 @@ enum Kind {
     Zeroes,
 }
 
-/// A place for a request that the disk has.
+/// The slot of a request that the disk works on.
 #[derive(Debug, Default)]
 struct Slot {
     request: InFlight,
-    /// The ranges of a discard and the like, which are done one after the
-    /// other. Allocated when the place first has some, for as many as there
-    /// can be.
+    /// The ranges of a discard and the like, which are executed one after the
+    /// other. Allocated at the slot's first use for ranges, at full capacity.
     steps: Vec<Step>,
-    /// Those that were begun.
+    /// How many of them were started.
     begun: usize,
 }
 
 impl Slot {
-    /// The step that comes after one that succeeded.
+    /// The step after one that succeeded.
     fn next(&mut self) -> Option<Step> {
         let step = self.steps.get(self.begun).copied();
         self.begun += usize::from(step.is_some());
@@ -64,11 +62,11 @@ impl Slot {
 
 #[derive(Debug)]
 pub(super) struct BlockWorker {
-    queue: Queue,
+    queue: KickedQueue,
     chain: Chain,
     bufs: IoBufs,
     lane: Box<dyn DiskLane>,
-    /// By the queue's tag, which is also the tag on the lane.
+    /// By the chain's tag, which is also the tag on the disk lane.
     slots: Vec<Slot>,
     /// Tags of requests whose next range the lane may have.
     continuing: VecDeque<u16>,
@@ -76,9 +74,6 @@ pub(super) struct BlockWorker {
     stalled: Option<Stalled>,
     rules: Rules,
     disk: Arc<dyn Disk>,
-    signal: Arc<dyn Signal>,
-    kick: Arc<EventFd>,
-    armed: bool,
     stopping: bool,
     broken: bool,
     counters: Arc<BlockCounters>,
@@ -91,59 +86,69 @@ struct Stalled {
     step: Step,
 }
 
-/// After so many requests of a batch, the driver is shown what is done, so
-/// that it works on them while the rest of the batch is served. Whether it
-/// wants an interrupt is asked once, at the end.
-const SHOW_EVERY: u32 = 8;
+/// Within a batch, used buffers are published after so many requests, so that
+/// the driver works on them while the rest is served. Whether it wants an
+/// interrupt is checked once, at the end.
+const PUBLISH_EVERY: u32 = 8;
+
+/// What a worker is made of.
+#[derive(Debug)]
+pub(super) struct LaneContext<'a> {
+    pub(super) memory: &'a GuestMemory,
+    pub(super) queue: &'a QueueResources,
+    pub(super) features: Features,
+    pub(super) at: Option<QueueState>,
+    pub(super) disk: &'a Arc<dyn Disk>,
+    pub(super) options: &'a BlockOptions,
+    pub(super) durability: Durability,
+    pub(super) counters: &'a Arc<BlockCounters>,
+}
 
 impl BlockWorker {
-    #[expect(clippy::too_many_arguments, reason = "all of it is the device's")]
-    pub(super) fn new(
-        lane: u16,
-        resources: LaneResources,
-        features: Features,
-        at: Option<LaneState>,
-        disk: &Arc<dyn Disk>,
-        options: &BlockOptions,
-        durability: Durability,
-        counters: Arc<BlockCounters>,
-    ) -> Result<Self, StartError> {
-        let LaneResources { memory, queues } = resources;
-        let [queue] = queues.as_slice() else {
-            return Err(StartError::NoLane(lane));
-        };
-        let state = at.and_then(|state| state.queues.first().copied());
+    pub(super) fn new(context: LaneContext<'_>) -> Result<Self, StartError> {
+        let LaneContext {
+            memory,
+            queue,
+            features,
+            at,
+            disk,
+            options,
+            durability,
+            counters,
+        } = context;
         // Header and status come on top of the data.
-        let longest = options.seg_max + 2;
-        let ring = Queue::new(&memory, queue.at, features, longest, state)?;
-        let size = queue.at.size;
+        let max_chain = options.seg_max + 2;
+        let queue = KickedQueue::new(memory, queue, features, max_chain, at)?;
+        let size = queue.size();
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(options.id.bytes()) {
             *to = from;
         }
         Ok(Self {
-            chain: Chain::with_capacity(longest.max(size)),
+            chain: Chain::with_capacity(max_chain.max(size)),
             bufs: IoBufs::new(),
-            lane: disk.lane(size)?,
+            lane: disk.lane(size).map_err(StartError::backend)?,
             slots: (0..size).map(|_| Slot::default()).collect(),
             continuing: VecDeque::with_capacity(usize::from(size)),
             stalled: None,
             rules: Rules::new(disk.shape(), features, durability, options.discard),
             disk: disk.clone(),
-            signal: queue.signal.clone(),
-            kick: queue.kick.clone(),
-            armed: false,
             stopping: false,
             broken: false,
-            queue: ring,
-            counters,
+            queue,
+            counters: counters.clone(),
             id,
         })
     }
 
-    /// Returns a request to the driver.
-    fn finish(
-        queue: &mut Queue,
+    /// The queue's position, unless the driver broke it.
+    pub(super) fn state(&self) -> Option<QueueState> {
+        (!self.broken).then(|| self.queue.state())
+    }
+
+    /// Completes a request with its status.
+    fn complete(
+        queue: &mut KickedQueue,
         counters: &BlockCounters,
         tag: u16,
         request: InFlight,
@@ -171,11 +176,11 @@ impl BlockWorker {
             }
         };
         queue.write_byte(request.status, status);
-        queue.push(tag, written + 1);
+        queue.complete(tag, written + 1);
     }
 
-    /// Takes what the disk has done. While the queue is broken, the driver is
-    /// not told.
+    /// Completes what the disk has finished; nothing is written to a broken
+    /// queue.
     fn reap(&mut self) -> bool {
         let Self {
             lane,
@@ -196,7 +201,7 @@ impl BlockWorker {
             if result.is_ok() && slot.begun < slot.steps.len() {
                 continuing.push_back(tag);
             } else {
-                Self::finish(queue, counters, tag, slot.request, result);
+                Self::complete(queue, counters, tag, slot.request, result);
             }
         });
         reaped > 0
@@ -259,7 +264,7 @@ impl BlockWorker {
             RequestType::GET_ID => {
                 chain.writable_first(room.min(ID_BYTES as u64), &mut self.bufs)?;
                 request.written = self.bufs.scatter(&self.id) as u32;
-                Self::finish(&mut self.queue, &self.counters, tag, request, Ok(()));
+                Self::complete(&mut self.queue, &self.counters, tag, request, Ok(()));
                 return Ok(());
             }
             RequestType::GET_LIFETIME if self.rules.features.contains(BlockFeatures::LIFETIME) => {
@@ -274,7 +279,7 @@ impl BlockWorker {
                 let answer = block::Lifetime::new(pre_eol, type_a, type_b);
                 chain.writable_first(room.min(LIFETIME_BYTES as u64), &mut self.bufs)?;
                 request.written = self.bufs.scatter(answer.as_bytes()) as u32;
-                Self::finish(&mut self.queue, &self.counters, tag, request, Ok(()));
+                Self::complete(&mut self.queue, &self.counters, tag, request, Ok(()));
                 return Ok(());
             }
             RequestType::DISCARD | RequestType::WRITE_ZEROES | RequestType::SECURE_ERASE => {
@@ -305,11 +310,15 @@ impl BlockWorker {
         let Some(slot) = self.slots.get_mut(usize::from(tag)) else {
             return self.reject(tag, request.status, status::IOERR);
         };
+        // The disk may have changed its size.
+        self.rules.shape = self.disk.shape();
         slot.steps.clear();
         slot.steps.reserve_exact(MAX_RANGES);
         let (chain, bufs) = (&self.chain, &mut self.bufs);
-        if let Err(rejected) = self.rules.ranges(kind, chain, bufs, &mut slot.steps)? {
-            return self.reject(tag, request.status, rejected.0);
+        match self.rules.ranges(kind, chain, bufs, &mut slot.steps) {
+            Ok(()) => {}
+            Err(Refusal::Status(status)) => return self.reject(tag, request.status, status),
+            Err(Refusal::Fault(fault)) => return Err(fault),
         }
         request.kind = match kind {
             RequestType::WRITE_ZEROES => Kind::Zeroes,
@@ -330,12 +339,12 @@ impl BlockWorker {
         self.counters.requests.add(1);
         self.counters.errors.add(1);
         self.queue.write_byte(status_addr, status);
-        self.queue.push(tag, 1);
+        self.queue.complete(tag, 1);
         Ok(())
     }
 
-    /// Hands the request whose data `self.bufs` has to the disk, and what comes
-    /// after it in the same request.
+    /// Submits a step, whose data is in `self.bufs`, and those that follow it in
+    /// the same request.
     fn submit(&mut self, request: Stalled) {
         let tag = request.tag;
         let mut step = request.step;
@@ -351,7 +360,7 @@ impl BlockWorker {
                         Some(next) if result.is_ok() => step = next,
                         _ => {
                             let request = slot.request;
-                            Self::finish(&mut self.queue, &self.counters, tag, request, result);
+                            Self::complete(&mut self.queue, &self.counters, tag, request, result);
                             return;
                         }
                     }
@@ -368,9 +377,9 @@ impl BlockWorker {
         }
     }
 
-    /// Goes on with what was begun, as far as the lane has room; whether
-    /// anything was.
-    fn go_on(&mut self) -> bool {
+    /// Continues requests that were started, as far as the disk lane has room;
+    /// whether there were any.
+    fn continue_started(&mut self) -> bool {
         let mut worked = false;
         if let Some(request) = self.stalled.take() {
             self.submit(request);
@@ -390,49 +399,35 @@ impl BlockWorker {
         worked
     }
 
-    /// Fetches and serves up to `budget` requests; returns how many.
+    /// Pops and serves up to `budget` requests; returns how many.
     fn fetch(&mut self, budget: u32) -> Result<u32, Fault> {
         let mut count = 0;
         while count < budget && self.stalled.is_none() && self.queue.pop(&mut self.chain)? {
             self.serve()?;
             count += 1;
-            if count.is_multiple_of(SHOW_EVERY) {
-                self.queue.show();
+            if count.is_multiple_of(PUBLISH_EVERY) {
+                self.queue.publish_used();
             }
         }
         Ok(count)
-    }
-
-    fn publish(&mut self) {
-        let counters = &self.counters;
-        self.queue.publish_to(
-            &*self.signal,
-            &counters.signals,
-            &counters.signals_suppressed,
-        );
     }
 }
 
 impl Worker for BlockWorker {
     fn poll(&mut self, budget: u32) -> Progress {
-        if self.armed {
-            self.armed = false;
-            self.counters.kicks.add(self.kick.take());
-            if !self.broken {
-                self.queue.disarm();
-            }
-        }
         let mut fault = None;
-        // Before anything is written: memory that was taken away is not ours.
-        if !self.broken
-            && let Err(error) = self.queue.refresh()
-        {
-            fault = Some(error);
-            self.broken = true;
+        if !self.broken {
+            self.queue.disarm(&self.counters.queue);
+            // Before anything is written: memory that was taken away is not
+            // ours.
+            if let Err(error) = self.queue.refresh() {
+                fault = Some(error);
+                self.broken = true;
+            }
         }
         let mut worked = self.reap();
         if !self.broken {
-            worked |= self.go_on();
+            worked |= self.continue_started();
             if !self.stopping {
                 match self.fetch(budget) {
                     Ok(count) => worked |= count > 0,
@@ -440,18 +435,19 @@ impl Worker for BlockWorker {
                 }
             }
             // What was served before a fault is still answered.
-            self.publish();
+            self.queue.end_batch(&self.counters.queue);
         }
         worked |= !self.lane.commit();
         if let Some(fault) = fault {
             self.broken = true;
             self.stalled = None;
             self.continuing.clear();
-            return Progress::Broken(fault);
+            self.queue.retire(&self.counters.queue);
+            return Progress::Broken(Failure::new(fault));
         }
         let idle = self.stalled.is_none() && self.continuing.is_empty();
         if self.stopping && idle && self.lane.in_flight() == 0 {
-            self.counters.kicks.add(self.kick.take());
+            self.queue.retire(&self.counters.queue);
             return Progress::Stopped;
         }
         if worked {
@@ -462,10 +458,9 @@ impl Worker for BlockWorker {
     }
 
     fn arm(&mut self) -> bool {
-        self.armed = true;
         self.counters.arms.add(1);
-        // A request that the lane had no room for waits for the lane, and the
-        // others behind it: looking at the ring again would help nobody.
+        // A request that found the disk lane full waits for the disk, and the
+        // others wait behind it: a notification would wake the worker in vain.
         let fetching = !self.broken && !self.stopping && self.stalled.is_none();
         fetching && self.queue.arm()
     }
@@ -475,13 +470,9 @@ impl Worker for BlockWorker {
     }
 
     fn sources<'a>(&'a self, each: &mut dyn FnMut(BorrowedFd<'a>, Interest)) {
-        each(self.kick.as_fd(), Interest::Readable);
-        self.lane.sources(each);
-    }
-
-    fn state(&self) -> LaneState {
-        LaneState {
-            queues: vec![self.queue.state()],
+        if let Some(kick) = self.queue.source() {
+            each(kick, Interest::Readable);
         }
+        self.lane.sources(each);
     }
 }

@@ -1,20 +1,21 @@
-//! What a network device offers, and its configuration space (virtio 1.3
-//! §5.1.3, §5.1.4).
+//! The features, the configuration space, and the state of a network device
+//! (virtio 1.3 §5.1.3, §5.1.4).
 #![forbid(unsafe_code)]
 
 use super::NetOptions;
-use super::filter::{Filter, SharedFilter};
+use super::filter::{Filter, SavedFilter, SharedFilter};
 use crate::link::{Link, LinkEvents, LinkShape};
-use crate::virtio::device::DeviceEvents;
+use crate::virtio::device::ConfigEvents;
+use pvkit_protocol::frame::Offloads;
 use pvkit_protocol::virtio::net::{
     DUPLEX_FULL, DUPLEX_UNKNOWN, NetConfig, NetFeatures, NetStatus, SPEED_UNKNOWN,
 };
-use std::sync::atomic::{AtomicBool, Ordering};
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Weak};
 use zerocopy::IntoBytes;
 
-/// Everything that can be offered over a link of this shape, by options that
-/// make sense.
+/// Everything that a device with valid options offers.
 pub(super) fn offered(options: &NetOptions) -> NetFeatures {
     let mut features = NetFeatures::MAC
         | NetFeatures::STATUS
@@ -37,21 +38,35 @@ pub(super) fn offered(options: &NetOptions) -> NetFeatures {
     features.without_dangling()
 }
 
-/// What changes while the device works: its link, and what the driver chose.
+/// The state that changes while the device works: its link, and what the driver
+/// chose.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) filter: SharedFilter,
+    /// Pairs that the driver uses.
+    pairs: AtomicU16,
     up: AtomicBool,
-    /// The driver is to announce itself.
+    /// The driver is asked to announce itself (§5.1.6.5.4).
     announce: AtomicBool,
-    /// It understands that.
+    /// It negotiated that.
     may_announce: AtomicBool,
+}
+
+/// A saved [`State`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedNet {
+    filter: SavedFilter,
+    pub(super) pairs: u16,
+    up: bool,
+    announce: bool,
 }
 
 impl State {
     pub(super) fn new(filter: Filter, up: bool) -> Self {
         Self {
             filter: SharedFilter::new(filter),
+            pairs: AtomicU16::new(1),
             up: AtomicBool::new(up),
             announce: AtomicBool::new(false),
             may_announce: AtomicBool::new(false),
@@ -63,28 +78,80 @@ impl State {
         self.announce.store(false, Ordering::Release);
     }
 
+    pub(super) fn set_pairs(&self, pairs: u16) {
+        self.pairs.store(pairs, Ordering::Relaxed);
+    }
+
+    pub(super) fn save(&self) -> SavedNet {
+        let Self {
+            filter,
+            pairs,
+            up,
+            announce,
+            // Follows from the features.
+            may_announce: _,
+        } = self;
+        SavedNet {
+            filter: filter.read(Filter::save),
+            pairs: pairs.load(Ordering::Relaxed),
+            up: up.load(Ordering::Acquire),
+            announce: announce.load(Ordering::Acquire),
+        }
+    }
+
+    /// Takes over what was saved; `None` if a driver with these features cannot
+    /// have brought it about. Otherwise the offloads for the link.
+    pub(super) fn restore(&self, saved: &SavedNet, features: NetFeatures) -> Option<Offloads> {
+        let SavedNet {
+            filter,
+            pairs,
+            up,
+            announce,
+        } = saved;
+        let filter = Filter::open(filter, features)?;
+        let receive = filter.receive;
+        self.filter.change(|current| *current = filter);
+        self.set_pairs(*pairs);
+        self.up.store(*up, Ordering::Release);
+        let announce = *announce && self.may_announce.load(Ordering::Acquire);
+        self.announce.store(announce, Ordering::Release);
+        Some(receive)
+    }
+
+    /// Asks the driver to announce itself, if it can: it may be reachable by
+    /// another way now. Whether it can.
+    pub(super) fn request_announcement(&self) -> bool {
+        let may = self.may_announce.load(Ordering::Acquire) && self.up.load(Ordering::Acquire);
+        if may {
+            self.announce.store(true, Ordering::Release);
+        }
+        may
+    }
+
     /// The driver accepted these features, or none yet.
     pub(super) fn negotiated(&self, filter: Filter, features: NetFeatures) {
-        let understood = features.contains(NetFeatures::GUEST_ANNOUNCE | NetFeatures::STATUS);
-        self.may_announce.store(understood, Ordering::Release);
+        let may_announce = features.contains(NetFeatures::GUEST_ANNOUNCE | NetFeatures::STATUS);
+        self.may_announce.store(may_announce, Ordering::Release);
         self.announced();
+        self.set_pairs(1);
         self.filter.change(|current| *current = filter);
     }
 
-    /// Asks the link how it is; whether that is news.
-    fn look(&self, link: &dyn Link) -> bool {
-        let mut news = false;
-        // Two threads may hear of two changes at once: who stored an old state
-        // last sees that here. No lock, which the link's own could lock out.
+    /// Follows the state of the link; whether it changed.
+    fn follow_link(&self, link: &dyn Link) -> bool {
+        let mut changed = false;
+        // Two threads may report two changes at once: the one that stored the
+        // older state last sees that below. A lock could deadlock with the
+        // link's own.
         loop {
             let up = link.is_up();
             let was = self.up.swap(up, Ordering::AcqRel);
-            news |= was != up;
+            changed |= was != up;
             if up && !was && self.may_announce.load(Ordering::Acquire) {
                 self.announce.store(true, Ordering::Release);
             }
             if link.is_up() == up {
-                return news;
+                return changed;
             }
         }
     }
@@ -97,40 +164,56 @@ impl State {
     }
 }
 
-/// Brings news of the link to the driver.
+/// Tells the driver of changes of the link.
 #[derive(Debug)]
-pub(super) struct News {
+pub(super) struct LinkListener {
     link: Weak<dyn Link>,
     state: Arc<State>,
-    events: Arc<dyn DeviceEvents>,
+    events: Arc<dyn ConfigEvents>,
 }
 
-impl News {
-    /// From now on, `events` hears of the link.
-    pub(super) fn connect(link: &Arc<dyn Link>, state: &Arc<State>, events: Arc<dyn DeviceEvents>) {
-        let news = Arc::new(Self {
-            // The link will own this.
+impl LinkListener {
+    /// Connects `events` to the link.
+    pub(super) fn connect(
+        link: &Arc<dyn Link>,
+        state: &Arc<State>,
+        events: Arc<dyn ConfigEvents>,
+    ) -> Arc<Self> {
+        let listener = Arc::new(Self {
+            // The link will own this listener.
             link: Arc::downgrade(link),
             state: state.clone(),
             events,
         });
-        link.connect(news.clone());
-        // It may have changed before it knew whom to tell.
-        news.link_changed();
+        link.connect(listener.clone());
+        // The link may have changed before it was connected.
+        listener.link_changed();
+        listener
+    }
+
+    /// Follows the link after a restore, and has the driver announce itself: the
+    /// network may know it at another place.
+    pub(super) fn restored(&self) {
+        let link = self.link.upgrade();
+        let changed = link.is_some_and(|link| self.state.follow_link(&*link));
+        if self.state.request_announcement() || changed {
+            self.events.config_changed();
+        }
     }
 }
 
-impl LinkEvents for News {
+impl LinkEvents for LinkListener {
     fn link_changed(&self) {
         if let Some(link) = self.link.upgrade()
-            && self.state.look(&*link)
+            && self.state.follow_link(&*link)
         {
             self.events.config_changed();
         }
     }
 }
 
-/// The configuration space, as far as it does not change.
+/// The configuration space; the fields that change are filled in when it is
+/// read.
 #[derive(Debug)]
 pub(super) struct Config(NetConfig);
 
@@ -141,7 +224,7 @@ impl Config {
             fields.max_virtqueue_pairs.set(options.pairs);
         }
         fields.mtu.set(mtu);
-        // Numbers from 0x8000_0000 on mean nothing (§5.1.4.1).
+        // Values from 0x8000_0000 on have no meaning (§5.1.4.1).
         let speed = shape.speed_mbps.filter(|speed| *speed <= i32::MAX as u32);
         fields.speed.set(speed.unwrap_or(SPEED_UNKNOWN));
         fields.duplex = match speed {
@@ -154,7 +237,7 @@ impl Config {
     pub(super) fn read(&self, state: &State, offset: u32, out: &mut [u8]) {
         out.fill(0);
         let mut fields = self.0;
-        fields.mac = state.filter.now(|filter| filter.mac);
+        fields.mac = state.filter.read(|filter| filter.mac);
         fields.status.set(state.status().bits());
         let rest = fields.as_bytes().get(offset as usize..).unwrap_or(&[]);
         for (to, from) in out.iter_mut().zip(rest) {
@@ -167,13 +250,13 @@ impl Config {
 mod tests {
     use super::*;
     use crate::link::{LinkError, LinkLane};
-    use pvkit_protocol::frame::{MacAddress, Offloads};
+    use pvkit_protocol::frame::MacAddress;
     use std::sync::atomic::AtomicU32;
 
     #[derive(Debug, Default)]
     struct Switched {
         up: AtomicBool,
-        /// How often it is asked before it goes the other way.
+        /// How many calls of `is_up` change its state.
         flips: AtomicU32,
     }
 
@@ -214,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_read_at_any_offset_and_width() {
+    fn config_reads_at_any_offset_width() {
         let options = NetOptions {
             pairs: 3,
             ..NetOptions::default()
@@ -243,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_speed_that_nobody_knows() {
+    fn unknown_speed_has_unknown_duplex() {
         for speed_mbps in [None, Some(0x8000_0000)] {
             let shape = LinkShape {
                 speed_mbps,
@@ -256,14 +339,14 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_back_announces_itself_if_it_can() {
+    fn returning_link_requests_announcement() {
         let can = NetFeatures::GUEST_ANNOUNCE | NetFeatures::STATUS;
         for (features, announces) in [(can, true), (NetFeatures::STATUS, false)] {
             let link = Switched::default();
             let state = state(false, features);
-            assert!(!state.look(&link), "as before");
+            assert!(!state.follow_link(&link), "as before");
             link.up.store(true, Ordering::Relaxed);
-            assert!(state.look(&link) && !state.look(&link));
+            assert!(state.follow_link(&link) && !state.follow_link(&link));
             assert_eq!(state.status().contains(NetStatus::ANNOUNCE), announces);
             state.announced();
             assert_eq!(state.status(), NetStatus::LINK_UP);
@@ -271,15 +354,15 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_changes_while_it_is_asked() {
+    fn link_changing_during_query_is_followed() {
         for flips in 0..6 {
             let link = Switched::default();
             link.flips.store(flips, Ordering::Relaxed);
             let state = state(true, NetFeatures::empty());
-            let news = state.look(&link);
+            let changed = state.follow_link(&link);
             let up = state.status().contains(NetStatus::LINK_UP);
             assert_eq!(up, link.up.load(Ordering::Relaxed), "{flips}");
-            assert!(news || up, "what it was is up");
+            assert!(changed || up, "what it was is up");
         }
     }
 }

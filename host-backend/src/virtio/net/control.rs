@@ -1,26 +1,26 @@
 //! The control queue (virtio 1.3 §5.1.6.5): commands, each of which is answered
-//! before the next is looked at.
+//! before the next is popped.
 #![forbid(unsafe_code)]
 
 use super::NetControlCounters;
 use super::config::State;
 use super::filter::{Addresses, MAX_ADDRESSES, Modes};
-use crate::event::EventFd;
 use crate::link::Link;
-use crate::virtio::device::{LaneResources, StartError};
-use crate::virtio::queue::{Chain, Fault, Queue};
-use crate::worker::{Interest, LaneState, Progress, Signal, Worker};
+use crate::log_limit::{LogLimit, warn_limited};
+use crate::memory::GuestMemory;
+use crate::virtio::queue::{Chain, Fault, KickedQueue, QueueError, QueueResources, QueueState};
+use crate::worker::{Failure, Interest, Progress, Worker};
 use pvkit_protocol::frame::MacAddress;
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::{
     ControlHeader, NetFeatures, ack, announce, class, guest_offloads, mac, mq, rx, vlan,
 };
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Where the argument of a command begins.
+/// Offset of a command's argument.
 const ARGUMENT: u64 = size_of::<ControlHeader>() as u64;
 /// Bytes of an address.
 const ADDRESS: u64 = size_of::<MacAddress>() as u64;
@@ -29,62 +29,76 @@ const COUNT: u64 = size_of::<U32>() as u64;
 
 #[derive(Debug)]
 pub(super) struct ControlWorker {
-    queue: Queue,
+    queue: KickedQueue,
     chain: Chain,
     link: Arc<dyn Link>,
     /// Pairs that the driver may use.
     pairs: u16,
     features: NetFeatures,
     state: Arc<State>,
-    signal: Arc<dyn Signal>,
-    kick: Arc<EventFd>,
-    armed: bool,
     stopping: bool,
     broken: bool,
     counters: Arc<NetControlCounters>,
+    log_limit: LogLimit,
 }
 
-/// A command that is not known, was not agreed on, or is malformed; or the
-/// link refused.
-struct Refused;
+/// What the control queue acts on.
+#[derive(Debug)]
+pub(super) struct ControlContext {
+    pub(super) link: Arc<dyn Link>,
+    /// Pairs that the driver may use.
+    pub(super) pairs: u16,
+    pub(super) state: Arc<State>,
+    pub(super) counters: Arc<NetControlCounters>,
+}
 
-type Done = Result<Result<(), Refused>, Fault>;
+/// Why a command has no effect.
+enum Refusal {
+    /// It is unknown, not negotiated or malformed, or the link refuses it: it is
+    /// answered with an error.
+    Command,
+    /// Its chain breaks the queue.
+    Fault(Fault),
+}
+
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+type Done = Result<(), Refusal>;
 
 impl ControlWorker {
-    #[expect(clippy::too_many_arguments, reason = "all of it is the device's")]
     pub(super) fn new(
-        lane: u16,
-        resources: LaneResources,
+        memory: &GuestMemory,
+        queue: &QueueResources,
         features: Features,
-        at: Option<LaneState>,
-        link: Arc<dyn Link>,
-        pairs: u16,
-        state: Arc<State>,
-        counters: Arc<NetControlCounters>,
-    ) -> Result<Self, StartError> {
-        let LaneResources { memory, queues } = resources;
-        let [queue] = queues.as_slice() else {
-            return Err(StartError::NoLane(lane));
-        };
-        let at = at.and_then(|state| state.queues.first().copied());
-        let ring = Queue::new(&memory, queue.at, features, 0, at)?;
+        at: Option<QueueState>,
+        shared: ControlContext,
+    ) -> Result<Self, QueueError> {
+        let ControlContext {
+            link,
+            pairs,
+            state,
+            counters,
+        } = shared;
+        let queue = KickedQueue::new(memory, queue, features, 0, at)?;
         Ok(Self {
-            chain: Chain::with_capacity(queue.at.size),
-            queue: ring,
+            chain: Chain::with_capacity(queue.size()),
+            queue,
             link,
             pairs,
             features: features.into(),
             state,
-            signal: queue.signal.clone(),
-            kick: queue.kick.clone(),
-            armed: false,
             stopping: false,
             broken: false,
             counters,
+            log_limit: LogLimit::default(),
         })
     }
 
-    /// Serves up to `budget` commands; returns how many.
+    /// Pops and executes up to `budget` commands; returns how many.
     fn fetch(&mut self, budget: u32) -> Result<u32, Fault> {
         let mut count = 0;
         while count < budget && self.queue.pop(&mut self.chain)? {
@@ -97,7 +111,7 @@ impl ControlWorker {
     fn serve(&mut self) -> Result<(), Fault> {
         let (readable, writable) = (self.chain.readable_bytes(), self.chain.writable_bytes());
         if writable == 0 {
-            // There is no place for an answer.
+            // No place for the answer.
             let head = self.chain.head();
             return Err(Fault::Frame {
                 head,
@@ -106,20 +120,20 @@ impl ControlWorker {
             });
         }
         self.counters.commands.add(1);
-        let answer = match self.command()? {
+        let answer = match self.command() {
             Ok(()) => ack::OK,
-            Err(Refused) => {
+            Err(Refusal::Command) => {
                 self.counters.refused.add(1);
                 ack::ERR
             }
+            Err(Refusal::Fault(fault)) => return Err(fault),
         };
         self.chain.write_at(0, &[answer])?;
-        self.queue.push(self.chain.tag(), 1);
+        self.queue.complete(self.chain.tag(), 1);
         Ok(())
     }
 
-    /// The argument of a command, which is nothing but that; `None` if it has
-    /// another length.
+    /// A command's argument, if it has exactly the length of a `T`.
     fn argument<T: FromBytes + IntoBytes>(&self) -> Result<Option<T>, Fault> {
         if self.chain.readable_bytes() != ARGUMENT + size_of::<T>() as u64 {
             return Ok(None);
@@ -129,11 +143,11 @@ impl ControlWorker {
         Ok(whole.then_some(argument))
     }
 
-    /// Does a command that the driver may give with these features.
+    /// Executes a command that the driver may give with these features.
     fn command(&mut self) -> Done {
         let mut header = ControlHeader::default();
         if !self.chain.read_front(header.as_mut_bytes())? {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         }
         let ControlHeader { class, command } = header;
         let needs = match (class, command) {
@@ -145,10 +159,10 @@ impl ControlWorker {
             (class::ANNOUNCE, _) => NetFeatures::GUEST_ANNOUNCE,
             (class::MQ, _) => NetFeatures::MQ,
             (class::GUEST_OFFLOADS, _) => NetFeatures::CTRL_GUEST_OFFLOADS,
-            _ => return Ok(Err(Refused)),
+            _ => return Err(Refusal::Command),
         };
         if !self.features.contains(needs) {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         }
         match (class, command) {
             (class::RX, command) => self.set_mode(command),
@@ -159,7 +173,7 @@ impl ControlWorker {
             (class::ANNOUNCE, announce::ACK) => self.announced(),
             (class::MQ, mq::VQ_PAIRS_SET) => self.set_pairs(),
             (class::GUEST_OFFLOADS, guest_offloads::SET) => self.set_offloads(),
-            _ => Ok(Err(Refused)),
+            _ => Err(Refusal::Command),
         }
     }
 
@@ -171,14 +185,14 @@ impl ControlWorker {
             rx::NOMULTI => Modes::NOMULTI,
             rx::NOUNI => Modes::NOUNI,
             rx::NOBCAST => Modes::NOBCAST,
-            _ => return Ok(Err(Refused)),
+            _ => return Err(Refusal::Command),
         };
         let Some(on @ (0 | 1)) = self.argument::<u8>()? else {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         };
         let filter = &self.state.filter;
         filter.change(|filter| filter.modes.set(mode, on != 0));
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// A list of addresses at byte `at` of the command, and how many bytes it
@@ -208,72 +222,79 @@ impl ControlWorker {
 
     fn set_addresses(&self) -> Done {
         let Some((unicast, first)) = self.addresses(ARGUMENT)? else {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         };
         let Some((multicast, second)) = self.addresses(ARGUMENT + first)? else {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         };
         if ARGUMENT + first + second != self.chain.readable_bytes() {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         }
         self.state.filter.change(|filter| {
             filter.unicast = unicast;
             filter.multicast = multicast;
         });
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn set_address(&self) -> Done {
         let address = self.argument::<MacAddress>()?;
         let Some(address) = address.filter(|address| address.is_unicast()) else {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         };
         self.state.filter.change(|filter| filter.mac = address);
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn set_vlan(&self, wanted: bool) -> Done {
         let Some(number) = self.argument::<U16>()? else {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         };
         let filter = &self.state.filter;
         let known = filter.change(|filter| filter.set_vlan(number.get(), wanted));
-        Ok(if known { Ok(()) } else { Err(Refused) })
+        if known { Ok(()) } else { Err(Refusal::Command) }
     }
 
     fn announced(&self) -> Done {
         if self.chain.readable_bytes() != ARGUMENT {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         }
         self.state.announced();
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn set_pairs(&self) -> Done {
         let pairs = self.argument::<U16>()?.map(U16::get);
         let Some(pairs) = pairs.filter(|pairs| (1..=self.pairs).contains(pairs)) else {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         };
-        Ok(self.link.use_lanes(pairs).map_err(|error| {
-            log::warn!("virtio-net: the link does not use {pairs} lanes: {error}");
-            Refused
-        }))
+        self.link.use_lanes(pairs).map_err(|error| {
+            warn_limited!(
+                self.log_limit,
+                "virtio-net: the link does not use {} lanes: {}",
+                pairs,
+                error
+            );
+            Refusal::Command
+        })?;
+        self.state.set_pairs(pairs);
+        Ok(())
     }
 
     fn set_offloads(&self) -> Done {
         let Some(set) = self.argument::<U64>()? else {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         };
         let agreed = guest_offloads(self.features).get();
         if set.get() & !agreed != 0 {
-            return Ok(Err(Refused));
+            return Err(Refusal::Command);
         }
-        // Segmentation without checksums is nothing that a frame can have.
+        // Segmentation needs checksum offload (§5.1.3.1).
         let set = NetFeatures::from_bits_truncate(set.get()).without_dangling();
         let new = set.receive_offloads();
         let filter = &self.state.filter;
-        // Meanwhile what either set has is right: the driver takes the old one
-        // until it has the answer, and the link leaves the new one at once.
+        // Both sets are right until the answer: the driver takes the old one
+        // until it sees it, and the link leaves the new one at once.
         let old = filter.change(|filter| {
             let old = filter.receive;
             filter.receive |= new;
@@ -282,40 +303,37 @@ impl ControlWorker {
         let result = self.link.set_receive(new);
         let now = if result.is_ok() { new } else { old };
         filter.change(|filter| filter.receive = now);
-        Ok(result.map_err(|error| {
-            log::warn!("virtio-net: the link does not change what it leaves: {error}");
-            Refused
-        }))
+        result.map_err(|error| {
+            warn_limited!(
+                self.log_limit,
+                "virtio-net: the link does not change its receive offloads: {}",
+                error
+            );
+            Refusal::Command
+        })
     }
 
-    fn publish(&mut self) {
-        let counters = &self.counters;
-        self.queue.publish_to(
-            &*self.signal,
-            &counters.signals,
-            &counters.signals_suppressed,
-        );
+    /// The queue's position, unless the driver broke it.
+    pub(super) fn state(&self) -> Option<QueueState> {
+        (!self.broken).then(|| self.queue.state())
     }
 }
 
 impl Worker for ControlWorker {
     fn poll(&mut self, budget: u32) -> Progress {
-        if std::mem::take(&mut self.armed) && !self.broken {
-            self.counters.kicks.add(self.kick.take());
-            self.queue.disarm();
-        }
         if self.stopping {
-            self.counters.kicks.add(self.kick.take());
+            self.queue.retire(&self.counters.queue);
             return Progress::Stopped;
         }
         if self.broken {
             return Progress::Drained;
         }
+        self.queue.disarm(&self.counters.queue);
         let refreshed = self.queue.refresh();
         let served = refreshed.and_then(|()| {
             let served = self.fetch(budget);
             // What was served before a fault is still answered.
-            self.publish();
+            self.queue.end_batch(&self.counters.queue);
             served
         });
         match served {
@@ -323,14 +341,14 @@ impl Worker for ControlWorker {
             Ok(_) => Progress::More,
             Err(fault) => {
                 self.broken = true;
-                Progress::Broken(fault)
+                self.queue.retire(&self.counters.queue);
+                Progress::Broken(Failure::new(fault))
             }
         }
     }
 
     fn arm(&mut self) -> bool {
-        self.armed = !self.broken && !self.stopping;
-        self.armed && self.queue.arm()
+        !self.broken && !self.stopping && self.queue.arm()
     }
 
     fn begin_stop(&mut self) {
@@ -338,14 +356,8 @@ impl Worker for ControlWorker {
     }
 
     fn sources<'a>(&'a self, each: &mut dyn FnMut(BorrowedFd<'a>, Interest)) {
-        if self.armed {
-            each(self.kick.as_fd(), Interest::Readable);
-        }
-    }
-
-    fn state(&self) -> LaneState {
-        LaneState {
-            queues: vec![self.queue.state()],
+        if let Some(kick) = self.queue.source() {
+            each(kick, Interest::Readable);
         }
     }
 }

@@ -1,32 +1,32 @@
-//! Which frames a driver receives, and what it takes with them (virtio 1.3
-//! §5.1.6.5.1 to §5.1.6.5.3, §5.1.6.5.6): written by commands, read for every
-//! frame.
+//! The receive filter and the receive offloads of a driver (virtio 1.3 §5.1.6.5.1
+//! to §5.1.6.5.3, §5.1.6.5.6): written by commands, read for every frame.
 #![forbid(unsafe_code)]
 
 use crate::sync::lock;
 use pvkit_protocol::frame::{ETHERNET_HEADER_BYTES, MacAddress, Offloads, ethertype};
 use pvkit_protocol::virtio::net::{NetFeatures, vlan};
+use serde::{Deserialize, Serialize};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Most addresses of a list; of a longer one, every address is received.
+/// Maximum length of an address list; a longer one matches every address.
 pub(super) const MAX_ADDRESSES: usize = 64;
 
 bitflags::bitflags! {
-    /// What a driver said of whole classes of frames.
+    /// The receive modes of whole classes of frames.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
     pub(super) struct Modes: u8 {
         /// All frames.
         const PROMISC = 1;
-        /// All frames to groups.
+        /// All multicast frames.
         const ALLMULTI = 2;
-        /// All frames to single stations.
+        /// All unicast frames.
         const ALLUNI = 4;
-        /// No frames to groups.
+        /// No multicast frames.
         const NOMULTI = 8;
-        /// No frames to single stations.
+        /// No unicast frames.
         const NOUNI = 16;
-        /// No frames to all.
+        /// No broadcast frames.
         const NOBCAST = 32;
     }
 }
@@ -36,7 +36,7 @@ bitflags::bitflags! {
 pub(super) struct Addresses {
     list: [MacAddress; MAX_ADDRESSES],
     count: usize,
-    /// The driver has more.
+    /// The list was too long: every address matches.
     all: bool,
 }
 
@@ -47,7 +47,7 @@ impl Addresses {
         all: false,
     };
 
-    /// More addresses than there is room for.
+    /// The list of every address.
     pub(super) const ALL: Self = Self {
         all: true,
         ..Self::NONE
@@ -56,42 +56,87 @@ impl Addresses {
     /// Adds one.
     pub(super) fn push(&mut self, address: MacAddress) {
         match self.list.get_mut(self.count) {
-            Some(place) => {
-                *place = address;
+            Some(entry) => {
+                *entry = address;
                 self.count += 1;
             }
             None => self.all = true,
         }
     }
 
+    fn as_slice(&self) -> &[MacAddress] {
+        self.list.get(..self.count).unwrap_or(&[])
+    }
+
     fn has(&self, address: MacAddress) -> bool {
-        let list = self.list.get(..self.count).unwrap_or(&[]);
-        self.all || list.contains(&address)
+        self.all || self.as_slice().contains(&address)
+    }
+
+    fn save(&self) -> SavedAddresses {
+        if self.all {
+            SavedAddresses::All
+        } else {
+            SavedAddresses::List(self.as_slice().iter().map(|address| address.0).collect())
+        }
     }
 }
 
 /// The VLANs that are received: a bit for each.
 type Vlans = [u64; vlan::COUNT as usize / 64];
 
-/// What a driver wants to receive.
+/// A saved list of addresses.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum SavedAddresses {
+    All,
+    List(Vec<[u8; 6]>),
+}
+
+impl SavedAddresses {
+    fn open(&self) -> Addresses {
+        match self {
+            Self::All => Addresses::ALL,
+            Self::List(list) => {
+                let mut addresses = Addresses::NONE;
+                list.iter()
+                    .for_each(|address| addresses.push(MacAddress(*address)));
+                addresses
+            }
+        }
+    }
+}
+
+/// A saved [`Filter`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedFilter {
+    mac: [u8; 6],
+    modes: u8,
+    unicast: SavedAddresses,
+    multicast: SavedAddresses,
+    vlans: Option<Vec<u64>>,
+    receive: u8,
+}
+
+/// The frames that a driver wants to receive, and their offloads.
 #[derive(Debug, Clone)]
 pub(super) struct Filter {
     /// The device's own address.
     pub(super) mac: MacAddress,
     pub(super) modes: Modes,
-    /// Single stations.
+    /// Unicast addresses.
     pub(super) unicast: Addresses,
-    /// Groups.
+    /// Multicast addresses.
     pub(super) multicast: Addresses,
-    /// With CTRL_VLAN. Without, frames of all VLANs are received.
+    /// With CTRL_VLAN; frames of all VLANs are received without.
     vlans: Option<Vlans>,
-    /// What frames may leave to the driver now.
+    /// The offloads that received frames may leave to the driver.
     pub(super) receive: Offloads,
 }
 
 impl Filter {
-    /// As it is before any command. A driver that cannot choose gets every
-    /// frame, and so does one that has not chosen yet: it may have an address
+    /// The filter before any command. A driver that cannot choose gets every
+    /// frame, and so does one that has not chosen yet: it may use an address
     /// that the device does not know.
     pub(super) fn new(mac: MacAddress, features: NetFeatures) -> Self {
         let vlans = features.contains(NetFeatures::CTRL_VLAN);
@@ -105,8 +150,57 @@ impl Filter {
         }
     }
 
-    /// Receives frames of a VLAN from now on, or no more; `false` if there is
-    /// none of that number.
+    pub(super) fn save(&self) -> SavedFilter {
+        let Self {
+            mac,
+            modes,
+            unicast,
+            multicast,
+            vlans,
+            receive,
+        } = self;
+        SavedFilter {
+            mac: mac.0,
+            modes: modes.bits(),
+            unicast: unicast.save(),
+            multicast: multicast.save(),
+            vlans: vlans.map(|vlans| vlans.to_vec()),
+            receive: receive.bits(),
+        }
+    }
+
+    /// The filter that was saved, if a driver with these features can have set
+    /// it.
+    pub(super) fn open(saved: &SavedFilter, features: NetFeatures) -> Option<Self> {
+        let SavedFilter {
+            mac,
+            modes,
+            unicast,
+            multicast,
+            vlans,
+            receive,
+        } = saved;
+        let mac = MacAddress(*mac);
+        let receive = Offloads::from_bits(*receive)?;
+        let vlans = match vlans {
+            Some(vlans) => Some(<Vlans>::try_from(vlans.as_slice()).ok()?),
+            None => None,
+        };
+        let possible = mac.is_unicast()
+            && vlans.is_some() == features.contains(NetFeatures::CTRL_VLAN)
+            && features.receive_offloads().contains(receive);
+        possible.then_some(Self {
+            mac,
+            modes: Modes::from_bits(*modes)?,
+            unicast: unicast.open(),
+            multicast: multicast.open(),
+            vlans,
+            receive,
+        })
+    }
+
+    /// Receives frames of a VLAN from now on, or no more; `false` if the number
+    /// is out of range.
     pub(super) fn set_vlan(&mut self, number: u16, wanted: bool) -> bool {
         let Some(vlans) = &mut self.vlans else {
             return false;
@@ -123,8 +217,8 @@ impl Filter {
         true
     }
 
-    /// Whether the driver wants this frame. One without an Ethernet header
-    /// nobody wants.
+    /// Whether the driver wants this frame, which has an Ethernet header at
+    /// least.
     #[inline]
     pub(super) fn wants(&self, frame: &[u8]) -> bool {
         if frame.len() < ETHERNET_HEADER_BYTES {
@@ -178,7 +272,7 @@ impl Filter {
 /// The filter that commands change and all pairs use.
 #[derive(Debug)]
 pub(super) struct SharedFilter {
-    /// Changes whenever the filter does; readable without the lock.
+    /// A number that changes with the filter; readable without the lock.
     version: AtomicU64,
     current: Mutex<Filter>,
 }
@@ -199,9 +293,9 @@ impl SharedFilter {
         result
     }
 
-    /// Looks at the filter as it is now.
-    pub(super) fn now<T>(&self, look: impl FnOnce(&Filter) -> T) -> T {
-        look(&lock(&self.current))
+    /// Reads the current filter.
+    pub(super) fn read<T>(&self, read: impl FnOnce(&Filter) -> T) -> T {
+        read(&lock(&self.current))
     }
 
     /// A private copy.
@@ -222,9 +316,9 @@ pub(super) struct View {
 }
 
 impl View {
-    /// The filter as it is now; takes no lock unless it changed.
+    /// The current filter; takes no lock unless it changed.
     #[inline]
-    pub(super) fn now(&mut self, shared: &SharedFilter) -> &Filter {
+    pub(super) fn current(&mut self, shared: &SharedFilter) -> &Filter {
         if shared.version.load(Ordering::Acquire) != self.version {
             *self = shared.view();
         }
@@ -330,8 +424,8 @@ mod tests {
     fn a_view_follows() {
         let shared = SharedFilter::new(chosen());
         let mut view = shared.view();
-        assert!(!view.now(&shared).wants(&frame(OTHER, None)));
+        assert!(!view.current(&shared).wants(&frame(OTHER, None)));
         shared.change(|filter| filter.modes = Modes::ALLUNI);
-        assert!(view.now(&shared).wants(&frame(OTHER, None)));
+        assert!(view.current(&shared).wants(&frame(OTHER, None)));
     }
 }

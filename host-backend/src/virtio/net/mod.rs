@@ -39,11 +39,14 @@ mod rx;
 mod tx;
 mod worker;
 
-use super::device::{Device, DeviceEvents, Identity, LaneResources, StartError};
+use super::device::{ConfigEvents, Device, Identity, LaneResources, LaneState, StartError};
+use super::queue::QueueCounters;
 use crate::link::Link;
-use crate::worker::{Counter, LaneState, Worker};
-use config::{Config, News, State};
-use control::ControlWorker;
+use crate::log_limit::{LogLimit, warn_limited};
+use crate::state::{RestoreError, SavedState};
+use crate::worker::{Counter, Worker};
+use config::{Config, LinkListener, SavedNet, State};
+use control::{ControlContext, ControlWorker};
 use filter::Filter;
 use pvkit_protocol::frame::{MacAddress, Offloads};
 use pvkit_protocol::virtio::net::{
@@ -51,10 +54,11 @@ use pvkit_protocol::virtio::net::{
 };
 use pvkit_protocol::virtio::split::QueueSize;
 use pvkit_protocol::virtio::{Features, device_id};
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 use thiserror::Error;
-use worker::PairWorker;
+use worker::{PairContext, PairWorker};
 
 /// How a network device presents its link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,9 +79,8 @@ pub struct NetOptions {
     pub packed: bool,
     /// Offer to use buffers in their order. This device does so anyway.
     pub in_order: bool,
-    /// Offer doorbells that say where the queue stands. This device takes no
-    /// advantage of it, and a monitor may have to leave the fast path of
-    /// doorbells on virtio-mmio.
+    /// Offer NOTIFICATION_DATA. This device takes no advantage of it, and on
+    /// virtio-mmio a monitor may have to give up ioeventfds for it.
     pub notification_data: bool,
     /// Offer to put a frame that was received into several buffers.
     pub mergeable: bool,
@@ -113,15 +116,15 @@ impl Default for NetOptions {
     }
 }
 
-/// Options that no device can have, or none on this link.
+/// Options that are impossible, or not possible on this link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum NetOptionsError {
     /// The queue size is no power of two up to 32,768.
     #[error("queue size: {0}")]
     QueueSize(#[from] pvkit_protocol::virtio::split::BadQueueSize),
-    /// No station can have this address.
-    #[error("{0} is no address of one station")]
+    /// The address is not that of one station.
+    #[error("{0} is not a unicast MAC address")]
     Mac(MacAddress),
     /// A device needs at least one pair, and may have [`MAX_PAIRS`].
     #[error("{0} pairs of queues: between 1 and {max} are possible", max = MAX_PAIRS)]
@@ -148,70 +151,69 @@ pub enum NetOptionsError {
     },
 }
 
-/// Most pairs of queues of a device.
+/// Maximum pairs of queues of a device.
 pub const MAX_PAIRS: u16 = 32;
 
-/// What one direction of a pair has done.
+/// The kind of the saved state.
+const KIND: &str = "virtio-net";
+const VERSION: u32 = 1;
+
+/// Size of the control queue.
+const CONTROL_QUEUE_SIZE: u16 = 64;
+
+/// Statistics of one direction of a pair.
 #[derive(Debug, Default)]
 pub struct NetDirection {
-    /// Frames: those that the link was handed, or those that the driver was.
+    /// Frames handed to the link, or to the driver.
     pub frames: Counter,
     /// Their bytes, without virtio's headers.
     pub bytes: Counter,
-    /// Doorbells, as taken from the kick descriptor.
-    pub kicks: Counter,
-    /// Interrupts sent.
-    pub signals: Counter,
-    /// Batches published without an interrupt, because the driver wanted none.
-    pub signals_suppressed: Counter,
+    /// Notifications and interrupts.
+    pub queue: QueueCounters,
 }
 
-/// What one pair of queues has done.
+/// Statistics of one pair of queues.
 #[derive(Debug, Default)]
 pub struct NetCounters {
     /// From the driver to the link.
     pub tx: NetDirection,
     /// From the link to the driver.
     pub rx: NetDirection,
-    /// How often the worker asked for notifications before waiting.
+    /// Times that the worker asked for notifications before waiting.
     pub arms: Counter,
-    /// How often the link had no room for a frame.
+    /// Times that the link had no room for a frame.
     pub tx_full: Counter,
-    /// How often the driver had no buffers for a frame.
+    /// Times that the driver had no buffers for a frame.
     pub rx_full: Counter,
     /// Frames of the driver's without virtio's header, or shorter than an
     /// Ethernet header.
     pub tx_short: Counter,
     /// Frames that are too long.
     pub tx_long: Counter,
-    /// Frames whose header says what cannot be, or leaves work to the device
-    /// that was not agreed on.
-    pub tx_lies: Counter,
+    /// Frames whose header is impossible, or leaves work to the device that was
+    /// not negotiated.
+    pub tx_bad_header: Counter,
     /// Frames in buffers that the device may write, or in too many pieces.
     pub tx_buffers: Counter,
     /// Frames from the link that the driver does not want.
     pub rx_unwanted: Counter,
-    /// Frames from the link that are none, longer than agreed, or leave work to
-    /// the driver that it does not take.
+    /// Frames from the link that are malformed, too long, or leave work to the
+    /// driver that it does not take.
     pub rx_unfit: Counter,
     /// Frames for which the driver's buffers are too small, or too few to ever
     /// be enough.
     pub rx_no_room: Counter,
 }
 
-/// What the control queue has done.
+/// Statistics of the control queue.
 #[derive(Debug, Default)]
 pub struct NetControlCounters {
     /// Commands, with those that were refused.
     pub commands: Counter,
     /// Commands that were refused.
     pub refused: Counter,
-    /// Doorbells, as taken from the kick descriptor.
-    pub kicks: Counter,
-    /// Interrupts sent.
-    pub signals: Counter,
-    /// Batches published without an interrupt, because the driver wanted none.
-    pub signals_suppressed: Counter,
+    /// Notifications and interrupts.
+    pub queue: QueueCounters,
 }
 
 /// A network device at the end of a link.
@@ -224,11 +226,14 @@ pub struct Net {
     identity: Identity,
     config: Config,
     state: Arc<State>,
-    /// What the driver accepted, if it has.
+    listener: Option<Arc<LinkListener>>,
+    /// The features that the driver accepted, if it has.
     negotiated: Option<Features>,
     /// By pair.
     counters: Vec<Arc<NetCounters>>,
     control: Arc<NetControlCounters>,
+    /// For what the driver can make the link refuse.
+    log_limit: LogLimit,
 }
 
 impl Net {
@@ -264,11 +269,12 @@ impl Net {
         features.set(Features::RING_PACKED, options.packed);
         features.set(Features::IN_ORDER, options.in_order);
         features.set(Features::NOTIFICATION_DATA, options.notification_data);
+        features.insert(Features::RING_RESET);
         let identity = Identity {
             device_id: device_id::NETWORK,
             features,
+            queue_sizes: queue_sizes(net, &options),
             lanes: lanes(net, pairs),
-            queue_size_max: options.queue_size,
             config_bytes: CONFIG_BYTES as u32,
         };
         let filter = Filter::new(options.mac, NetFeatures::empty());
@@ -277,9 +283,11 @@ impl Net {
             config: Config::new(shape, mtu, &options),
             mtu,
             identity,
+            listener: None,
             negotiated: None,
             counters: (0..pairs).map(|_| Arc::default()).collect(),
             control: Arc::default(),
+            log_limit: LogLimit::default(),
             options,
             link,
         })
@@ -306,17 +314,36 @@ impl Net {
         }
     }
 
-    /// The link as it is for a driver that has said nothing but its features.
-    fn set_link(&self, receive: Offloads) {
-        // Frames with more work than the driver takes are dropped, so nothing
-        // but frames is lost if the link cannot.
+    /// Sets up the link's offloads and lanes.
+    fn set_link(&self, receive: Offloads, pairs: u16) {
+        // Frames with more work than the driver takes are dropped, so only
+        // frames are lost if the link cannot.
         if let Err(error) = self.link.set_receive(receive) {
-            log::warn!("virtio-net: the link does not change what it leaves: {error}");
+            warn_limited!(
+                self.log_limit,
+                "virtio-net: the link does not change its receive offloads: {}",
+                error
+            );
         }
-        if let Err(error) = self.link.use_lanes(1) {
-            log::warn!("virtio-net: the link does not go back to one lane: {error}");
+        if let Err(error) = self.link.use_lanes(pairs) {
+            warn_limited!(
+                self.log_limit,
+                "virtio-net: the link does not use {} lanes: {}",
+                pairs,
+                error
+            );
         }
     }
+}
+
+/// The largest size of each queue. Commands are few, and answered one by one.
+fn queue_sizes(features: NetFeatures, options: &NetOptions) -> Vec<u16> {
+    let data = usize::from(2 * options.pairs);
+    let mut sizes = vec![options.queue_size; data];
+    if features.contains(NetFeatures::CTRL_VQ) {
+        sizes.push(options.queue_size.min(CONTROL_QUEUE_SIZE));
+    }
+    sizes
 }
 
 /// The queues of each lane, for a driver with these features.
@@ -345,15 +372,15 @@ impl Device for Net {
         lanes(features.into(), self.options.pairs)
     }
 
-    fn connect(&mut self, events: Arc<dyn DeviceEvents>) {
-        News::connect(&self.link, &self.state, events);
+    fn connect(&mut self, events: Arc<dyn ConfigEvents>) {
+        self.listener = Some(LinkListener::connect(&self.link, &self.state, events));
     }
 
     fn negotiated(&mut self, features: Features) {
         self.negotiated = Some(features);
         let features = NetFeatures::from(features);
         let filter = Filter::new(self.options.mac, features);
-        self.set_link(filter.receive);
+        self.set_link(filter.receive, 1);
         self.state.negotiated(filter, features);
     }
 
@@ -362,7 +389,7 @@ impl Device for Net {
     }
 
     fn write_config(&mut self, offset: u32, data: &[u8]) {
-        // The address is written by command (§5.1.4.2).
+        // The address is set by a command (§5.1.4.2).
         log::debug!(
             "virtio-net: ignored a write of {} bytes to config offset {offset:#x}",
             data.len()
@@ -374,47 +401,84 @@ impl Device for Net {
         lane: u16,
         resources: LaneResources,
         features: Features,
-        at: Option<LaneState>,
+        at: Option<&LaneState>,
     ) -> Result<Box<dyn Worker>, StartError> {
-        // A lane may start without a negotiation by this device: one that goes
-        // on where another stopped.
+        // A lane may start without a negotiation by this device, for a caller
+        // that has none.
         if self.negotiated != Some(features) {
             self.negotiated(features);
         }
+        let LaneResources { memory, queues } = resources;
         let net = NetFeatures::from(features);
         let pairs = self.pairs(net);
-        if lane < pairs
-            && let Some(counters) = self.counters.get(usize::from(lane))
-        {
-            return Ok(Box::new(PairWorker::new(
-                lane,
-                resources,
-                features,
-                at,
-                &*self.link,
-                self.mtu,
-                self.state.clone(),
-                counters.clone(),
-            )?));
+        match queues.as_slice() {
+            [receive, transmit] if lane < pairs => {
+                let counters = self.counters.get(usize::from(lane));
+                let context = PairContext {
+                    index: lane,
+                    memory: &memory,
+                    receive: receive.as_ref(),
+                    transmit: transmit.as_ref(),
+                    features,
+                    at,
+                    link: &*self.link,
+                    mtu: self.mtu,
+                    state: &self.state,
+                    counters: counters.ok_or(StartError::NoLane(lane))?,
+                };
+                Ok(Box::new(PairWorker::new(context)?))
+            }
+            [Some(queue)] if lane == pairs && net.contains(NetFeatures::CTRL_VQ) => {
+                let context = ControlContext {
+                    link: self.link.clone(),
+                    pairs,
+                    state: self.state.clone(),
+                    counters: self.control.clone(),
+                };
+                let at = at.and_then(|at| at.queue(0));
+                let worker = ControlWorker::new(&memory, queue, features, at, context)?;
+                Ok(Box::new(worker))
+            }
+            _ => Err(StartError::NoLane(lane)),
         }
-        if lane == pairs && net.contains(NetFeatures::CTRL_VQ) {
-            return Ok(Box::new(ControlWorker::new(
-                lane,
-                resources,
-                features,
-                at,
-                self.link.clone(),
-                pairs,
-                self.state.clone(),
-                self.control.clone(),
-            )?));
+    }
+
+    fn stopped(&mut self, _lane: u16, worker: Box<dyn Worker>) -> LaneState {
+        let worker: Box<dyn Any> = worker;
+        match worker.downcast::<PairWorker>() {
+            Ok(pair) => pair.state(),
+            Err(other) => {
+                let control = other.downcast::<ControlWorker>().ok();
+                LaneState {
+                    queues: vec![control.and_then(|control| control.state())],
+                }
+            }
         }
-        Err(StartError::NoLane(lane))
+    }
+
+    fn save(&self) -> SavedState {
+        SavedState::new(KIND, VERSION, &self.state.save())
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        let saved: SavedNet = state.open(KIND, VERSION)?;
+        let features = NetFeatures::from(self.negotiated.unwrap_or(Features::empty()));
+        let impossible =
+            || RestoreError::invalid(KIND, "no driver can have set its filter or pairs");
+        if !(1..=self.pairs(features)).contains(&saved.pairs) {
+            return Err(impossible());
+        }
+        let receive = self.state.restore(&saved, features);
+        self.set_link(receive.ok_or_else(impossible)?, saved.pairs);
+        if let Some(listener) = &self.listener {
+            listener.restored();
+        }
+        Ok(())
     }
 
     fn reset(&mut self) {
         self.negotiated = None;
-        self.set_link(Offloads::empty());
+        self.set_link(Offloads::empty(), 1);
         let features = NetFeatures::empty();
         let filter = Filter::new(self.options.mac, features);
         self.state.negotiated(filter, features);

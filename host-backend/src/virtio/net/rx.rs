@@ -1,43 +1,42 @@
-//! The receive queue of a pair (virtio 1.3 §5.1.6.3, §5.1.6.4): frames from the
-//! link, copied into the driver's buffers.
+//! The receive queue of a pair (virtio 1.3 §5.1.6.3, §5.1.6.4): copies frames
+//! from the link into the driver's buffers.
 #![forbid(unsafe_code)]
 
 use super::NetCounters;
 use super::config::State;
 use super::filter::View;
-use crate::event::EventFd;
 use crate::link::offload::told;
 use crate::link::{Delivered, FrameSink, LinkLane};
 use crate::memory::GuestMemory;
-use crate::virtio::queue::{Chain, Fault, Queue, QueueError, QueueResources, QueueState};
-use crate::worker::Signal;
+use crate::virtio::queue::{Chain, Fault, KickedQueue, QueueError, QueueResources, QueueState};
 use pvkit_protocol::frame::{FrameMeta, Offloads};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::{HEADER_BYTES, NetFeatures, NetHeader};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
-/// Most chains that one frame may fill: 64 KiB in buffers of 512 bytes.
+/// Maximum chains that one frame may fill: 64 KiB in buffers of 512 bytes.
 const MAX_MERGED: usize = 128;
 
-/// Descriptors for which a chain has room at first.
+/// Descriptors that a chain has room for without growing.
 const USUAL: u16 = 4;
 
-/// After so many frames of a batch, the driver is shown them, so that it works
-/// on them while the rest is copied. Whether it wants an interrupt is asked
-/// once, at the end.
-const SHOW_EVERY: u64 = 32;
+/// Within a batch, used buffers are published after so many frames, so that the
+/// driver works on them while the rest is copied. Whether it wants an interrupt
+/// is checked once, at the end.
+const PUBLISH_EVERY: u64 = 32;
 
 #[derive(Debug)]
 pub(super) struct Receive {
-    queue: Queue,
-    /// The first `held` were fetched and not filled, in their order; the others
-    /// have room to be used again.
+    queue: KickedQueue,
+    /// The first `held` are popped and not filled, in order; the others are
+    /// spare.
     chains: Vec<Chain>,
     held: usize,
     /// The link has a frame for which the driver has no buffers.
     starved: bool,
-    /// What broke the queue while the link delivered.
+    /// The fault that broke the queue while the link delivered.
     fault: Option<Fault>,
     mergeable: bool,
     /// Longest frame that is not to be segmented.
@@ -46,18 +45,15 @@ pub(super) struct Receive {
     state: Arc<State>,
     /// Frames put into the queue.
     filled: u64,
-    armed: bool,
-    signal: Arc<dyn Signal>,
-    kick: Arc<EventFd>,
 }
 
-/// How the driver's buffers are for a frame.
+/// Whether the driver's buffers suffice for a frame.
 enum Room {
-    /// The first so many chains that are held take it.
+    /// The first so many held chains take it.
     Enough(usize),
-    /// They do not yet.
+    /// Not yet.
     TooLittle,
-    /// They never will.
+    /// Never.
     Never,
 }
 
@@ -70,9 +66,9 @@ impl Receive {
         max: usize,
         state: Arc<State>,
     ) -> Result<Self, QueueError> {
-        let mut ring = Queue::new(memory, queue.at, features, 0, at)?;
-        // New buffers are only news if a frame waits for them.
-        ring.disarm();
+        let mut queue = KickedQueue::new(memory, queue, features, 0, at)?;
+        // Only a frame that waits for buffers needs a notification.
+        queue.suppress_notifications();
         Ok(Self {
             chains: Vec::new(),
             held: 0,
@@ -83,42 +79,35 @@ impl Receive {
             view: state.filter.view(),
             state,
             filled: 0,
-            armed: false,
-            signal: queue.signal.clone(),
-            kick: queue.kick.clone(),
-            queue: ring,
+            queue,
         })
     }
 
-    /// A frame waits for buffers.
+    /// Whether a frame waits for buffers.
     pub(super) fn is_starved(&self) -> bool {
         self.starved
     }
 
-    /// The doorbell, if it is waited for.
-    pub(super) fn doorbell(&self) -> Option<&EventFd> {
-        self.armed.then_some(&self.kick)
+    /// The kick descriptor, while it is waited for.
+    pub(super) fn source(&self) -> Option<BorrowedFd<'_>> {
+        self.queue.source()
     }
 
-    /// The wait is over.
-    pub(super) fn wake(&mut self, counters: &NetCounters) {
-        if std::mem::take(&mut self.armed) {
-            counters.rx.kicks.add(self.kick.take());
-            self.queue.disarm();
-        }
+    /// Ends the wait.
+    pub(super) fn disarm(&mut self, counters: &NetCounters) {
+        self.queue.disarm(&counters.rx.queue);
     }
 
-    /// Asks for a doorbell if a frame waits for buffers; `true` if there are
+    /// Asks for notifications if a frame waits for buffers; `true` if there are
     /// some already.
     pub(super) fn arm(&mut self) -> bool {
-        self.armed = self.starved;
-        self.armed && self.queue.arm()
+        self.starved && self.queue.arm()
     }
 
-    /// Picks up a new map of guest memory. Chains that are held are fetched
-    /// again: memory that was taken away is not ours.
+    /// Follows a new map of guest memory. Held chains are popped again: memory
+    /// that was taken away is not ours.
     pub(super) fn refresh(&mut self) -> Result<(), Fault> {
-        // Asked once: a map that is replaced after this is the next call's.
+        // Checked once: a map that is replaced after this is the next call's.
         if !self.queue.is_stale() {
             return Ok(());
         }
@@ -126,10 +115,10 @@ impl Receive {
         self.queue.refresh()
     }
 
-    /// Has what was not filled still in the queue.
+    /// Returns the held chains to the queue, unpopped.
     fn put_back(&mut self) {
         for chain in self.chains.iter().take(self.held).rev() {
-            self.queue.unfetch(chain);
+            self.queue.undo_pop(chain);
         }
         self.held = 0;
     }
@@ -152,7 +141,7 @@ impl Receive {
         }
     }
 
-    /// Fetches one more chain; `false` if there is none.
+    /// Pops one more chain; `false` if there is none.
     fn hold(&mut self) -> Result<bool, Fault> {
         if self.held == self.chains.len() {
             self.chains.push(Chain::with_capacity(USUAL));
@@ -178,14 +167,15 @@ impl Receive {
         Ok(true)
     }
 
-    /// Fetches as many chains as take `bytes` bytes, header and all.
+    /// Pops chains until they take `bytes` bytes, header included.
     #[inline]
     fn make_room(&mut self, bytes: u64) -> Result<Room, Fault> {
-        let most = if self.mergeable { MAX_MERGED } else { 1 };
+        let max = if self.mergeable { MAX_MERGED } else { 1 };
         let (mut room, mut taken) = (0, 0u32);
-        for count in 0..most {
+        for count in 0..max {
             if count == self.held && !self.hold()? {
-                // Nothing comes if there is no place for one like the last.
+                // No more can come if the ring has no room for one like the
+                // last.
                 let one = self.chains.get(count.wrapping_sub(1));
                 let one = one.map_or(0, |chain| u32::from(chain.ring_descriptors()));
                 let full = taken + one > u32::from(self.queue.size());
@@ -203,8 +193,7 @@ impl Receive {
         Ok(Room::Never)
     }
 
-    /// Copies a frame into the first `count` chains that are held, and gives
-    /// them to the driver.
+    /// Copies a frame into the first `count` held chains and completes them.
     #[inline]
     fn fill(&mut self, count: usize, frame: &[u8], meta: &FrameMeta) -> Result<(), Fault> {
         let header = NetHeader::new(meta, count as u16);
@@ -218,16 +207,15 @@ impl Receive {
             rest = rest.get(done..).unwrap_or(&[]);
             skip = 0;
         }
-        // Not before all of it is written: one of the others could be out of
-        // reach.
+        // Only after all of it is written: a later chain could be inaccessible.
         let mut left = (HEADER_BYTES + frame.len()) as u64;
         for chain in self.chains.iter().take(count) {
             let written = left.min(chain.writable_bytes());
             left -= written;
             // Frames are shorter than 64 KiB and a few bytes.
-            self.queue.push(chain.tag(), written as u32);
+            self.queue.complete(chain.tag(), written as u32);
         }
-        // Chains that a longer frame fetched, and did not fill, come next.
+        // Chains that a longer frame popped and did not fill come next.
         if let Some(held) = self.chains.get_mut(..self.held)
             && count < held.len()
         {
@@ -235,18 +223,17 @@ impl Receive {
         }
         self.held -= count;
         self.filled += 1;
-        if self.filled.is_multiple_of(SHOW_EVERY) {
-            self.queue.show();
+        if self.filled.is_multiple_of(PUBLISH_EVERY) {
+            self.queue.publish_used();
         }
         Ok(())
     }
 
-    /// What is said of a frame as the driver takes it now; `None` if it does
-    /// not.
+    /// The metadata of a frame as the driver takes it; `None` if it does not.
     #[inline]
     fn fit(&self, frame: &[u8], meta: &FrameMeta, agreed: Offloads) -> Option<FrameMeta> {
-        // Found right by the host: only a driver that knows of checksums can
-        // make use of it (§5.1.6.4.1).
+        // A checksum that the host validated means something only to a driver
+        // with checksum offload (§5.1.6.4.1).
         let meta = told(meta, agreed);
         meta.check(frame, frame.len(), self.max, agreed).ok()
     }
@@ -257,7 +244,7 @@ impl Receive {
         frame: &[u8],
         meta: &FrameMeta,
     ) -> Result<Delivered, Fault> {
-        let filter = self.view.now(&self.state.filter);
+        let filter = self.view.current(&self.state.filter);
         let (wanted, agreed) = (filter.wants(frame), filter.receive);
         if !wanted {
             counters.rx_unwanted.add(1);
@@ -284,19 +271,14 @@ impl Receive {
     }
 
     /// Ends a batch.
-    pub(super) fn publish(&mut self, counters: &NetCounters) {
-        let counters = &counters.rx;
-        self.queue.publish_to(
-            &*self.signal,
-            &counters.signals,
-            &counters.signals_suppressed,
-        );
+    pub(super) fn end_batch(&mut self, counters: &NetCounters) {
+        self.queue.end_batch(&counters.rx.queue);
     }
 
-    /// Nothing more is fetched, and what was not filled is the driver's again.
+    /// Stops popping, and returns held chains to the queue.
     pub(super) fn stop(&mut self, counters: &NetCounters) {
         self.put_back();
-        counters.rx.kicks.add(self.kick.take());
+        self.queue.retire(&counters.rx.queue);
     }
 
     pub(super) fn state(&self) -> QueueState {
@@ -304,7 +286,7 @@ impl Receive {
     }
 }
 
-/// Where the link delivers to.
+/// Takes the frames that the link delivers.
 struct Sink<'a> {
     receive: &'a mut Receive,
     counters: &'a NetCounters,

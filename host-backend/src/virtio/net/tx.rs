@@ -1,83 +1,77 @@
-//! The transmit queue of a pair (virtio 1.3 §5.1.6.2): frames that the driver
-//! wrote, copied out of guest memory as far as anybody looks at them, and
-//! checked.
+//! The transmit queue of a pair (virtio 1.3 §5.1.6.2): copies the heads of the
+//! driver's frames out of guest memory, checks them, and hands the frames to the
+//! link.
 #![forbid(unsafe_code)]
 
 use super::NetCounters;
-use crate::event::EventFd;
 use crate::link::{LinkLane, Sent, TxFrame};
 use crate::memory::{GuestMemory, IoBufs};
-use crate::virtio::queue::{Chain, Fault, Queue, QueueError, QueueResources, QueueState};
-use crate::worker::{Counter, Signal};
+use crate::virtio::queue::{Chain, Fault, KickedQueue, QueueError, QueueResources, QueueState};
+use crate::worker::Counter;
 use pvkit_protocol::frame::{
     BadFrame, Checksum, ETHERNET_HEADER_BYTES, FrameMeta, HEAD_BYTES, MAX_SEGMENTED_FRAME_BYTES,
     Offloads,
 };
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::net::{HEADER_BYTES, NetFeatures, NetHeader};
-use std::sync::Arc;
+use std::os::fd::BorrowedFd;
 use zerocopy::FromBytes;
 
-/// Most descriptors of a chain, if the queue is shorter: what known drivers
-/// send has up to one for each page of 64 KiB, and a few more.
-const LONGEST: u16 = 64;
+/// Maximum descriptors of a chain, if the queue is shorter: known drivers use up
+/// to one for each page of 64 KiB, and a few more.
+const MAX_CHAIN: u16 = 64;
 
-/// Most pieces of a frame behind its head: the kernel takes up to 1,024 in one
-/// call (`UIO_MAXIOV`), and the link may add some.
+/// Maximum pieces of a frame behind its head: the kernel takes up to 1,024 in
+/// one call (`UIO_MAXIOV`), and the link may add some.
 const MAX_PIECES: usize = 1000;
 
-/// After so many frames of a batch, the driver is shown which buffers it has
-/// back, so that it fills them while the rest is sent.
-const SHOW_EVERY: u32 = 32;
+/// Within a batch, used buffers are published after so many frames, so that the
+/// driver fills them while the rest is sent.
+const PUBLISH_EVERY: u32 = 32;
 
-/// So many segments may cost a link as much as a frame: of a budget, they count
-/// as one. Known drivers leave fewer to a frame; one that leaves 65,000 must not
-/// hold up a reset, or what comes in, with a whole budget of those.
+/// Segments that count as one frame of a budget, as they may cost a link as
+/// much. Known drivers leave fewer to a frame; one that leaves 65,000 must not
+/// hold up a reset, or reception, with a whole budget of those.
 const SEGMENTS: u64 = 64;
 
-/// What is looked at of a frame: virtio's header and the frame's head.
+/// Bytes of a frame that are inspected: virtio's header and the frame's head.
 const FRONT_BYTES: usize = HEADER_BYTES + HEAD_BYTES;
 
 #[derive(Debug)]
 pub(super) struct Transmit {
-    queue: Queue,
+    queue: KickedQueue,
     chain: Chain,
-    /// The private copy of header and head.
+    /// Private copy of header and head.
     front: [u8; FRONT_BYTES],
-    /// What follows the head of a long frame.
+    /// The part of a long frame behind its head.
     rest: IoBufs,
-    /// What follows the head of all others.
+    /// The same of all others: nothing.
     nothing: IoBufs,
-    /// The frame that was checked last.
+    /// The last frame that was checked.
     current: Current,
-    /// The link had no room for it; `chain`, `front` and `rest` are still its
-    /// own.
+    /// The link had no room for it; `chain`, `front` and `rest` still hold it.
     stalled: bool,
     /// Longest frame that is not to be segmented.
     max: usize,
     agreed: Offloads,
-    armed: bool,
-    signal: Arc<dyn Signal>,
-    kick: Arc<EventFd>,
 }
 
-/// A frame that was checked. It stays where it is: moving what was written a
-/// moment ago in pieces makes the CPU wait until those are in its cache, behind
-/// everything that it waits for from the guest's.
+/// A checked frame, filled in place: copying what was written piecewise a moment
+/// ago would stall on store forwarding, behind loads of guest memory.
 #[derive(Debug, Default)]
 struct Current {
     /// Bytes of the head.
     head: usize,
     /// Whether more follows.
     long: bool,
-    /// Nothing accompanies it, and `meta` is about another.
+    /// It has no offloads; `meta` is another frame's.
     plain: bool,
     meta: FrameMeta,
-    /// What it takes of a budget.
+    /// Its cost in frames of a budget.
     cost: u32,
 }
 
-/// Why a frame is dropped: which counter counts it.
+/// The counter that counts a dropped frame.
 type Dropped = fn(&NetCounters) -> &Counter;
 
 impl Transmit {
@@ -88,9 +82,9 @@ impl Transmit {
         state: Option<QueueState>,
         max: usize,
     ) -> Result<Self, QueueError> {
-        let ring = Queue::new(memory, queue.at, features, LONGEST, state)?;
+        let queue = KickedQueue::new(memory, queue, features, MAX_CHAIN, state)?;
         Ok(Self {
-            chain: Chain::with_capacity(LONGEST.max(ring.size())),
+            chain: Chain::with_capacity(MAX_CHAIN.max(queue.size())),
             front: [0; FRONT_BYTES],
             rest: IoBufs::new(),
             nothing: IoBufs::new(),
@@ -98,42 +92,35 @@ impl Transmit {
             current: Current::default(),
             max,
             agreed: NetFeatures::from(features).transmit_offloads(),
-            armed: false,
-            signal: queue.signal.clone(),
-            kick: queue.kick.clone(),
-            queue: ring,
+            queue,
         })
     }
 
-    /// A frame waits for room in the link.
+    /// Whether a frame waits for room in the link.
     pub(super) fn is_stalled(&self) -> bool {
         self.stalled
     }
 
-    /// The doorbell, if it is waited for.
-    pub(super) fn doorbell(&self) -> Option<&EventFd> {
-        self.armed.then_some(&self.kick)
+    /// The kick descriptor, while it is waited for.
+    pub(super) fn source(&self) -> Option<BorrowedFd<'_>> {
+        self.queue.source()
     }
 
-    /// The wait is over.
-    pub(super) fn wake(&mut self, counters: &NetCounters) {
-        if std::mem::take(&mut self.armed) {
-            counters.tx.kicks.add(self.kick.take());
-            self.queue.disarm();
-        }
+    /// Ends the wait.
+    pub(super) fn disarm(&mut self, counters: &NetCounters) {
+        self.queue.disarm(&counters.tx.queue);
     }
 
-    /// Asks for a doorbell, unless what would be fetched had to wait for the
-    /// link; `true` if there is something to fetch already.
+    /// Asks for notifications, unless a frame waits for the link already;
+    /// `true` if there is something to pop.
     pub(super) fn arm(&mut self) -> bool {
-        self.armed = !self.stalled;
-        self.armed && self.queue.arm()
+        !self.stalled && self.queue.arm()
     }
 
-    /// Picks up a new map of guest memory. A frame that waits is fetched again:
+    /// Follows a new map of guest memory. A frame that waits is popped again:
     /// memory that was taken away is not ours.
     pub(super) fn refresh(&mut self) -> Result<(), Fault> {
-        // Asked once: a map that is replaced after this is the next call's.
+        // Checked once: a map that is replaced after this is the next call's.
         if !self.queue.is_stale() {
             return Ok(());
         }
@@ -141,10 +128,10 @@ impl Transmit {
         self.queue.refresh()
     }
 
-    /// Has what was not sent still in the queue.
+    /// Returns a frame that was not sent to the queue, unpopped.
     fn put_back(&mut self) {
         if std::mem::take(&mut self.stalled) {
-            self.queue.unfetch(&self.chain);
+            self.queue.undo_pop(&self.chain);
         }
     }
 
@@ -173,20 +160,20 @@ impl Transmit {
                 }
                 Some(counter) => {
                     counter(counters).add(1);
-                    self.queue.push(self.chain.tag(), 0);
+                    self.queue.complete(self.chain.tag(), 0);
                     cost = cost.saturating_add(1);
                 }
             }
             count += 1;
-            if count.is_multiple_of(SHOW_EVERY) {
-                self.queue.show();
+            if count.is_multiple_of(PUBLISH_EVERY) {
+                self.queue.publish_used();
             }
         }
         Ok(count > 0)
     }
 
-    /// Copies and checks the frame in `chain`: `current` is about it then. Says
-    /// which counter counts it if it is dropped.
+    /// Copies the frame in `chain` and checks it into `current`. Returns the
+    /// counter if it is to be dropped.
     #[inline]
     fn fetch(&mut self) -> Result<Option<Dropped>, Fault> {
         let chain = &self.chain;
@@ -205,7 +192,7 @@ impl Transmit {
         let Some(front) = self.front.get_mut(..HEADER_BYTES + head) else {
             return Ok(Some(|counters| &counters.tx_long));
         };
-        // One copy; what is checked, and sent, is the copy.
+        // Copied once; the copy is checked and sent.
         chain.read_front(front)?;
         let Ok((header, _)) = NetHeader::read_from_prefix(front) else {
             return Ok(Some(|counters| &counters.tx_short));
@@ -216,7 +203,7 @@ impl Transmit {
             header.is_plain() && (ETHERNET_HEADER_BYTES..=self.max).contains(&bytes);
         self.current.cost = 1;
         if !self.current.plain
-            && let Some(dropped) = self.judge(&header, bytes)
+            && let Some(dropped) = self.check(&header, bytes)
         {
             return Ok(Some(dropped));
         }
@@ -230,28 +217,28 @@ impl Transmit {
         Ok(None)
     }
 
-    /// Checks what the header says of the frame in `front`.
+    /// Checks the header against the frame in `front`.
     #[inline(never)]
-    fn judge(&mut self, header: &NetHeader, bytes: usize) -> Option<Dropped> {
+    fn check(&mut self, header: &NetHeader, bytes: usize) -> Option<Dropped> {
         let head = self.current.head;
         let start = self.front.get(HEADER_BYTES..HEADER_BYTES + head)?;
-        let Some(said) = header.meta() else {
-            return Some(|counters| &counters.tx_lies);
+        let Some(meta) = header.meta() else {
+            return Some(|counters| &counters.tx_bad_header);
         };
-        let mut meta = match said.check(start, bytes, self.max, self.agreed) {
+        let mut meta = match meta.check(start, bytes, self.max, self.agreed) {
             Ok(meta) => meta,
             Err(BadFrame::Short { .. }) => return Some(|counters| &counters.tx_short),
             Err(BadFrame::Long { .. }) => return Some(|counters| &counters.tx_long),
-            Err(_) => return Some(|counters| &counters.tx_lies),
+            Err(_) => return Some(|counters| &counters.tx_bad_header),
         };
         match meta.checksum {
-            // A driver has no say in that (§5.1.6.2.1).
+            // Only a device may set that (§5.1.6.2.1).
             Checksum::Valid => meta.checksum = Checksum::Unknown,
-            // Behind all headers there are: nobody's checksum stands there.
+            // Behind all known headers, where no protocol has its checksum.
             Checksum::Partial { start, offset }
                 if usize::from(start) + usize::from(offset) + 2 > head =>
             {
-                return Some(|counters| &counters.tx_lies);
+                return Some(|counters| &counters.tx_bad_header);
             }
             _ => {}
         }
@@ -282,7 +269,7 @@ impl Transmit {
             Sent::Done => {
                 counters.tx.frames.add(1);
                 counters.tx.bytes.add(bytes);
-                self.queue.push(self.chain.tag(), 0);
+                self.queue.complete(self.chain.tag(), 0);
                 true
             }
             Sent::Full => {
@@ -294,19 +281,14 @@ impl Transmit {
     }
 
     /// Ends a batch.
-    pub(super) fn publish(&mut self, counters: &NetCounters) {
-        let counters = &counters.tx;
-        self.queue.publish_to(
-            &*self.signal,
-            &counters.signals,
-            &counters.signals_suppressed,
-        );
+    pub(super) fn end_batch(&mut self, counters: &NetCounters) {
+        self.queue.end_batch(&counters.tx.queue);
     }
 
-    /// Nothing more is fetched, and what was not sent is the driver's again.
+    /// Stops popping, and returns a frame that was not sent to the queue.
     pub(super) fn stop(&mut self, counters: &NetCounters) {
         self.put_back();
-        counters.tx.kicks.add(self.kick.take());
+        self.queue.retire(&counters.tx.queue);
     }
 
     pub(super) fn state(&self) -> QueueState {

@@ -5,114 +5,189 @@ use super::NetCounters;
 use super::config::State;
 use super::rx::Receive;
 use super::tx::Transmit;
-use crate::link::{Link, LinkLane, Waits};
-use crate::virtio::device::{LaneResources, StartError};
-use crate::virtio::queue::Fault;
-use crate::worker::{Interest, LaneState, Progress, Worker};
-use pvkit_protocol::frame::max_frame_bytes;
+use crate::link::{Delivered, FrameSink, Link, LinkLane, Waits};
+use crate::memory::GuestMemory;
+use crate::virtio::device::{LaneState, StartError};
+use crate::virtio::queue::{Fault, QueueResources};
+use crate::worker::{Failure, Interest, Progress, Worker};
+use pvkit_protocol::frame::{FrameMeta, max_frame_bytes};
 use pvkit_protocol::virtio::Features;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Serves a pair of queues, or the one of them that the driver has enabled.
 #[derive(Debug)]
 pub(super) struct PairWorker {
-    tx: Transmit,
-    rx: Receive,
+    rx: Option<Receive>,
+    tx: Option<Transmit>,
     lane: Box<dyn LinkLane>,
     stopping: bool,
-    broken: bool,
+    /// The direction whose driver broke its queue; the other one waits for the
+    /// reset with it.
+    broken: Option<Direction>,
     counters: Arc<NetCounters>,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Receive,
+    Transmit,
+}
+
+/// What a worker is made of.
+#[derive(Debug)]
+pub(super) struct PairContext<'a> {
+    pub(super) index: u16,
+    pub(super) memory: &'a GuestMemory,
+    pub(super) receive: Option<&'a QueueResources>,
+    pub(super) transmit: Option<&'a QueueResources>,
+    pub(super) features: Features,
+    pub(super) at: Option<&'a LaneState>,
+    pub(super) link: &'a dyn Link,
+    pub(super) mtu: u16,
+    pub(super) state: &'a Arc<State>,
+    pub(super) counters: &'a Arc<NetCounters>,
+}
+
 impl PairWorker {
-    #[expect(clippy::too_many_arguments, reason = "all of it is the device's")]
-    pub(super) fn new(
-        index: u16,
-        resources: LaneResources,
-        features: Features,
-        at: Option<LaneState>,
-        link: &dyn Link,
-        mtu: u16,
-        state: Arc<State>,
-        counters: Arc<NetCounters>,
-    ) -> Result<Self, StartError> {
-        let LaneResources { memory, queues } = resources;
-        let [receive, transmit] = queues.as_slice() else {
-            return Err(StartError::NoLane(index));
-        };
-        let at = |queue: usize| at.as_ref()?.queues.get(queue).copied();
-        let max = max_frame_bytes(mtu);
-        Ok(Self {
-            rx: Receive::new(&memory, receive, features, at(0), max, state)?,
-            tx: Transmit::new(&memory, transmit, features, at(1), max)?,
-            lane: link.lane(index)?,
-            stopping: false,
-            broken: false,
+    pub(super) fn new(context: PairContext<'_>) -> Result<Self, StartError> {
+        let PairContext {
+            index,
+            memory,
+            receive,
+            transmit,
+            features,
+            at,
+            link,
+            mtu,
+            state,
             counters,
+        } = context;
+        let at = |queue: usize| at.and_then(|at| at.queue(queue));
+        let max = max_frame_bytes(mtu);
+        let rx = |queue| Receive::new(memory, queue, features, at(0), max, state.clone());
+        let tx = |queue| Transmit::new(memory, queue, features, at(1), max);
+        Ok(Self {
+            rx: receive.map(rx).transpose()?,
+            tx: transmit.map(tx).transpose()?,
+            lane: link.lane(index).map_err(StartError::backend)?,
+            stopping: false,
+            broken: None,
+            counters: counters.clone(),
         })
     }
 
-    /// What the link is waited for. Without buffers for a frame, another that
-    /// comes in is no news.
-    fn waits(&self) -> Waits {
-        Waits {
-            receive: !self.rx.is_starved(),
-            send: self.tx.is_stalled(),
+    /// The positions of both queues, but for one that the driver broke.
+    pub(super) fn state(&self) -> LaneState {
+        let rx = self.rx.as_ref().map(Receive::state);
+        let tx = self.tx.as_ref().map(Transmit::state);
+        LaneState {
+            queues: vec![
+                rx.filter(|_| self.broken != Some(Direction::Receive)),
+                tx.filter(|_| self.broken != Some(Direction::Transmit)),
+            ],
         }
     }
 
-    fn serve(&mut self, budget: u32) -> Result<bool, Fault> {
-        // Before anything is written: memory that was taken away is not ours.
-        self.tx.refresh()?;
-        self.rx.refresh()?;
-        let sent = self.tx.serve(&mut *self.lane, &self.counters, budget);
-        if !matches!(sent, Ok(false)) {
-            self.lane.flush();
+    /// What the link is waited for. Without buffers for a frame, another one
+    /// that comes in changes nothing.
+    fn waits(&self) -> Waits {
+        Waits {
+            receive: !self.rx.as_ref().is_some_and(Receive::is_starved),
+            send: self.tx.as_ref().is_some_and(Transmit::is_stalled),
         }
-        // What was served before a fault is still given back.
-        self.tx.publish(&self.counters);
-        let received = self.rx.serve(&mut *self.lane, &self.counters, budget);
-        self.rx.publish(&self.counters);
+    }
+
+    /// Serves both directions; whether there was work. The direction of a fault
+    /// is returned with it.
+    fn serve(&mut self, budget: u32) -> Result<bool, (Direction, Fault)> {
+        let in_tx = |fault| (Direction::Transmit, fault);
+        let in_rx = |fault| (Direction::Receive, fault);
+        let (lane, counters) = (&mut *self.lane, &*self.counters);
+        // Before anything is written: memory that was taken away is not ours.
+        if let Some(tx) = &mut self.tx {
+            tx.refresh().map_err(in_tx)?;
+        }
+        if let Some(rx) = &mut self.rx {
+            rx.refresh().map_err(in_rx)?;
+        }
+        // What was served before a fault is still returned.
+        let mut sent = Ok(false);
+        if let Some(tx) = &mut self.tx {
+            sent = tx.serve(lane, counters, budget).map_err(in_tx);
+            if !matches!(sent, Ok(false)) {
+                lane.flush();
+            }
+            tx.end_batch(counters);
+        }
+        let received = match &mut self.rx {
+            Some(rx) => {
+                let received = rx.serve(lane, counters, budget);
+                rx.end_batch(counters);
+                received.map_err(in_rx)
+            }
+            None => {
+                lane.receive(&mut Nowhere, 0);
+                Ok(false)
+            }
+        };
         Ok(sent? | received?)
+    }
+}
+
+/// The sink of a pair without a receive queue: it has no room.
+struct Nowhere;
+
+impl FrameSink for Nowhere {
+    fn deliver(&mut self, _frame: &[u8], _meta: &FrameMeta) -> Delivered {
+        Delivered::Full
     }
 }
 
 impl Worker for PairWorker {
     fn poll(&mut self, budget: u32) -> Progress {
-        if !self.broken {
-            self.tx.wake(&self.counters);
-            self.rx.wake(&self.counters);
-        }
         if self.stopping {
             // Every poll ends with nothing in flight, so this is at once, even
-            // if the link is full for ever.
-            self.tx.stop(&self.counters);
-            self.rx.stop(&self.counters);
+            // if the link stays full.
+            if let Some(tx) = &mut self.tx {
+                tx.stop(&self.counters);
+            }
+            if let Some(rx) = &mut self.rx {
+                rx.stop(&self.counters);
+            }
             return Progress::Stopped;
         }
-        if self.broken {
+        if self.broken.is_some() {
             return Progress::Drained;
+        }
+        if let Some(tx) = &mut self.tx {
+            tx.disarm(&self.counters);
+        }
+        if let Some(rx) = &mut self.rx {
+            rx.disarm(&self.counters);
         }
         match self.serve(budget) {
             Ok(true) => Progress::More,
             Ok(false) => Progress::Drained,
-            Err(fault) => {
-                self.broken = true;
-                Progress::Broken(fault)
+            Err((direction, fault)) => {
+                self.broken = Some(direction);
+                Progress::Broken(Failure::new(fault))
             }
         }
     }
 
     fn arm(&mut self) -> bool {
         self.counters.arms.add(1);
-        if self.broken || self.stopping {
+        if self.broken.is_some() || self.stopping {
             return false;
         }
-        // A frame that comes in after the last is seen by the link, or by one
-        // of the queues; each looks again once it is armed.
+        // A frame that comes in after the last poll is seen by the link, or by
+        // one of the queues; each checks again once it is armed.
         let waits = self.waits();
-        self.tx.arm() || self.rx.arm() || self.lane.arm(waits)
+        self.tx.as_mut().is_some_and(Transmit::arm)
+            || self.rx.as_mut().is_some_and(Receive::arm)
+            || self.lane.arm(waits)
     }
 
     fn begin_stop(&mut self) {
@@ -120,27 +195,22 @@ impl Worker for PairWorker {
     }
 
     fn sources<'a>(&'a self, each: &mut dyn FnMut(BorrowedFd<'a>, Interest)) {
-        if self.broken {
+        if self.broken.is_some() {
             return;
         }
-        let doorbells = [self.tx.doorbell(), self.rx.doorbell()];
-        for doorbell in doorbells.into_iter().flatten() {
-            each(doorbell.as_fd(), Interest::Readable);
+        let tx = self.tx.as_ref().and_then(Transmit::source);
+        let rx = self.rx.as_ref().and_then(Receive::source);
+        for kick in tx.into_iter().chain(rx) {
+            each(kick, Interest::Readable);
         }
         self.lane.sources(self.waits(), each);
     }
 
     fn deadline(&self) -> Option<Instant> {
-        if self.broken {
+        if self.broken.is_some() {
             None
         } else {
             self.lane.deadline()
-        }
-    }
-
-    fn state(&self) -> LaneState {
-        LaneState {
-            queues: vec![self.rx.state(), self.tx.state()],
         }
     }
 }

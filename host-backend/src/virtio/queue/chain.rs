@@ -1,12 +1,11 @@
-//! A request as the driver described it: two lists of guest ranges.
+//! A descriptor chain, copied out of guest memory: two lists of guest ranges.
 #![forbid(unsafe_code)]
 
 use super::Fault;
 use crate::memory::{Access, IoBufs, MemoryError, Snapshot};
 use std::sync::Arc;
 
-/// A range of guest memory that a descriptor names. Not checked until it is
-/// used.
+/// A range of guest memory that a descriptor names; checked when it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Range {
     pub(super) addr: u64,
@@ -16,15 +15,15 @@ pub(super) struct Range {
 /// A chain of descriptors, copied out of guest memory: first what the device
 /// may read, then what it may write.
 ///
-/// Make one for each lane, with room for the longest chain, and use it again
-/// for every request.
+/// Make one for each lane, with room for the longest chain, and reuse it for
+/// every request.
 #[derive(Debug)]
 pub struct Chain {
     tag: u16,
-    /// The descriptor that it starts with, for what faults say.
+    /// The descriptor that it starts with, for faults.
     head: u16,
-    /// Most descriptors.
-    most: u16,
+    /// Maximum number of descriptors.
+    max: u16,
     snapshot: Option<Arc<Snapshot>>,
     ranges: Vec<Range>,
     /// How many of `ranges` are readable; the others are writable.
@@ -36,15 +35,15 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// An empty chain with room for `longest` descriptors.
+    /// An empty chain with room for `max` descriptors.
     #[must_use]
-    pub fn with_capacity(longest: u16) -> Self {
+    pub fn with_capacity(max: u16) -> Self {
         Self {
             tag: 0,
             head: 0,
-            most: longest,
+            max,
             snapshot: None,
-            ranges: Vec::with_capacity(usize::from(longest)),
+            ranges: Vec::with_capacity(usize::from(max)),
             readable: 0,
             readable_bytes: 0,
             writable_bytes: 0,
@@ -52,10 +51,10 @@ impl Chain {
         }
     }
 
-    pub(super) fn start(&mut self, tag: u16, head: u16, most: u16, snapshot: &Arc<Snapshot>) {
+    pub(super) fn start(&mut self, tag: u16, head: u16, max: u16, snapshot: &Arc<Snapshot>) {
         self.tag = tag;
         self.head = head;
-        self.most = most;
+        self.max = max;
         self.ranges.clear();
         self.readable = 0;
         self.readable_bytes = 0;
@@ -69,16 +68,15 @@ impl Chain {
         }
     }
 
-    /// The ring says how many of its own descriptors the chain takes.
-    pub(super) fn takes(&mut self, ring_descriptors: u16) {
+    pub(super) fn set_ring_descriptors(&mut self, ring_descriptors: u16) {
         self.ring_descriptors = ring_descriptors;
     }
 
     pub(super) fn push(&mut self, range: Range, writable: bool) -> Result<(), Fault> {
-        if self.ranges.len() >= usize::from(self.most) {
+        if self.ranges.len() >= usize::from(self.max) {
             return Err(Fault::ChainTooLong {
                 head: self.head,
-                most: self.most,
+                max: self.max,
             });
         }
         if range.len == 0 {
@@ -97,8 +95,8 @@ impl Chain {
         Ok(())
     }
 
-    /// The device's name for it: a number below the size of the queue that no
-    /// other chain has until this one is returned.
+    /// The device's name for the chain: a number below the size of the queue
+    /// that no other chain in flight has.
     #[must_use]
     pub fn tag(&self) -> u16 {
         self.tag
@@ -136,8 +134,7 @@ impl Chain {
         self.ranges.get(self.readable..).unwrap_or(&[])
     }
 
-    /// Copies the first bytes that the device may read. `false` if there are
-    /// fewer than `out` has.
+    /// Fills `out` from the first readable bytes; `false` if there are too few.
     ///
     /// # Errors
     /// [`Fault::Address`] if they are not in RAM.
@@ -146,8 +143,8 @@ impl Chain {
         self.read_at(0, out)
     }
 
-    /// Copies what the device may read from the byte `skip` on. `false` if
-    /// there is less behind it than `out` has.
+    /// Fills `out` from the readable bytes behind the first `skip`; `false` if
+    /// there are too few.
     ///
     /// # Errors
     /// [`Fault::Address`] if it is not in RAM.
@@ -169,8 +166,8 @@ impl Chain {
         Ok(rest.is_empty())
     }
 
-    /// Copies `data` to where the device may write, from its byte `skip` on;
-    /// returns how many bytes fitted.
+    /// Copies `data` into the writable bytes behind the first `skip`; returns
+    /// how many bytes fitted.
     ///
     /// # Errors
     /// [`Fault::Address`] if a buffer is not in RAM, or must not be written;
@@ -193,8 +190,7 @@ impl Chain {
         Ok(data.len() - rest.len())
     }
 
-    /// The guest address of the last byte that the device may write, if there
-    /// is one.
+    /// Guest address of the last writable byte, if there is one.
     ///
     /// # Errors
     /// [`Fault::Address`] if it is not in RAM, or must not be written.
@@ -212,7 +208,7 @@ impl Chain {
         Ok(Some(addr))
     }
 
-    /// Lists what the device may read but the first `skip` bytes.
+    /// Lists the readable bytes behind the first `skip`.
     ///
     /// # Errors
     /// [`Fault::Address`] if a buffer is not in RAM.
@@ -222,7 +218,7 @@ impl Chain {
         self.list(self.readable(), skip, bytes, Access::Read, out)
     }
 
-    /// Lists the first `bytes` bytes that the device may write.
+    /// Lists the first `bytes` writable bytes.
     ///
     /// # Errors
     /// [`Fault::Address`] if a buffer is not in RAM, or must not be written.
@@ -258,8 +254,8 @@ impl Chain {
         Ok(())
     }
 
-    /// What there is of ranges behind their first `skip` bytes, in order: each
-    /// range, and address and length of what is left of it.
+    /// The parts of `ranges` behind the first `skip` bytes, in order: each range
+    /// with the address and length of its part.
     #[inline]
     fn pieces(
         &self,

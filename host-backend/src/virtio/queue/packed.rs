@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use super::chain::Range;
-use super::ring::Name;
-use super::table::Table;
+use super::indirect::IndirectTable;
+use super::ring::UsedId;
 use super::{Chain, Fault, QueueAddresses, QueueError, QueueState};
 use crate::memory::{Access, Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
@@ -20,10 +20,10 @@ const DESCRIPTOR_BYTES: usize = size_of::<PackedDescriptor>();
 const LEN: usize = 8;
 const ID: usize = 12;
 
-/// A chain that the device has.
+/// A chain in flight.
 #[derive(Debug, Clone, Copy, Default)]
-struct Taken {
-    /// The driver's name for it.
+struct InFlight {
+    /// The driver's buffer id.
     id: u16,
     /// Its descriptors in the ring; 0 if the tag is free.
     descriptors: u16,
@@ -38,26 +38,25 @@ pub(super) struct PackedRing {
     size: PackedSize,
     event_idx: bool,
     indirect: bool,
-    /// Most descriptors of a chain.
-    longest: u16,
-    /// Copy of the indirect table that is being walked.
-    table: Table<PackedDescriptor>,
-    /// By tag: a driver may name two chains alike, so the device has names of
-    /// its own.
-    taken: Vec<Taken>,
+    /// Maximum descriptors of a chain.
+    max_chain: u16,
+    /// The indirect table that is being walked.
+    table: IndirectTable<PackedDescriptor>,
+    /// By tag. A driver may give two chains the same id, so the device has tags
+    /// of its own.
+    chains: Vec<InFlight>,
     free_tags: Vec<u16>,
-    /// Descriptors of the chains that the device has.
+    /// Descriptors of the chains in flight.
     descriptors: u16,
-    /// The next descriptor to fetch.
+    /// The next descriptor to pop.
     next_avail: PackedPosition,
-    /// The next descriptor to give back.
+    /// The next descriptor to write a used entry to.
     next_used: PackedPosition,
-    /// Where, and with which flags, the first chain was given back that the
-    /// driver was not shown. Until its flags are written, the driver looks at
-    /// none of those behind it.
-    held: Option<(usize, PackedFlags)>,
-    /// Descriptors given back since the driver was last asked whether it wants
-    /// an interrupt; the ring's size stands for more.
+    /// Offset and flags of the first used entry that is not published. Until
+    /// its flags are written, the driver looks at none of those behind it.
+    unpublished: Option<(usize, PackedFlags)>,
+    /// Descriptors used since the interrupt suppression was last checked, at
+    /// most the ring's size.
     moved: u16,
 }
 
@@ -84,27 +83,17 @@ impl PackedRing {
         snapshot: Arc<Snapshot>,
         at: QueueAddresses,
         features: Features,
-        longest: u16,
+        max_chain: u16,
         state: QueueState,
     ) -> Result<Self, QueueError> {
         let size = PackedSize::new(u32::from(at.size))?;
-        let place = |bits: u16| {
-            let place = PackedPosition::from_bits(bits);
-            let size = size.get();
-            if place.index < size {
-                Ok(place)
-            } else {
-                let index = place.index;
-                Err(QueueError::State { index, size })
-            }
-        };
-        let (next_avail, next_used) = (place(state.next_avail)?, place(state.next_used)?);
+        let (next_avail, next_used) = state.packed_positions(size)?;
         let Parts {
             ring,
             driver_event,
             device_event,
         } = map(&snapshot, size, at)?;
-        let longest = longest.max(size.get());
+        let max_chain = max_chain.max(size.get());
         Ok(Self {
             snapshot,
             ring,
@@ -113,14 +102,14 @@ impl PackedRing {
             size,
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
-            longest,
-            table: Table::new(longest),
-            taken: vec![Taken::default(); usize::from(size.get())],
+            max_chain,
+            table: IndirectTable::new(max_chain),
+            chains: vec![InFlight::default(); usize::from(size.get())],
             free_tags: (0..size.get()).rev().collect(),
             descriptors: 0,
             next_avail,
             next_used,
-            held: None,
+            unpublished: None,
             moved: 0,
         })
     }
@@ -165,7 +154,7 @@ impl PackedRing {
 
     fn read(&self, index: u16) -> PackedDescriptor {
         let offset = usize::from(index) * DESCRIPTOR_BYTES;
-        // One copy; what is checked is the copy.
+        // Copied once; the copy is checked and used.
         let low = self.ring.read_u64(offset);
         let high = self.ring.read_u64(offset + LEN);
         zerocopy::transmute!([U64::new(low), U64::new(high)])
@@ -181,11 +170,11 @@ impl PackedRing {
         let Some(tag) = self.free_tags.pop().filter(|_| room > 0) else {
             return Err(Fault::Overrun { index: head, size });
         };
-        chain.start(tag, head, self.longest, &self.snapshot);
+        chain.start(tag, head, self.max_chain, &self.snapshot);
         let (id, count) = self.walk(head, room, chain)?;
-        chain.takes(count);
-        if let Some(taken) = self.taken.get_mut(usize::from(tag)) {
-            *taken = Taken {
+        chain.set_ring_descriptors(count);
+        if let Some(in_flight) = self.chains.get_mut(usize::from(tag)) {
+            *in_flight = InFlight {
                 id,
                 descriptors: count,
             };
@@ -195,19 +184,19 @@ impl PackedRing {
         Ok(true)
     }
 
-    /// Copies the chain at `head` descriptor by descriptor; returns its name
-    /// and length. The device does not have `room` descriptors.
+    /// Copies the chain at `head` descriptor by descriptor; returns its id and
+    /// length. `room` descriptors of the ring are not in flight.
     fn walk(&mut self, head: u16, room: u16, chain: &mut Chain) -> Result<(u16, u16), Fault> {
-        let mut place = self.next_avail;
+        let mut at = self.next_avail;
         for count in 1..=room {
-            let descriptor = self.read(place.index);
+            let descriptor = self.read(at.index);
             let flags = descriptor.flags();
-            // The chain's name is that of its last descriptor (§2.8.6).
+            // The id is in the chain's last descriptor (§2.8.6).
             let id = descriptor.id.get();
             if flags.contains(PackedFlags::INDIRECT) {
                 // A table is a chain of its own (§2.8.7).
                 if !self.indirect || count > 1 || flags.contains(PackedFlags::NEXT) {
-                    let index = place.index;
+                    let index = at.index;
                     return Err(Fault::Indirect { head, index });
                 }
                 self.walk_table(head, &descriptor, chain)?;
@@ -217,9 +206,9 @@ impl PackedRing {
             if !flags.contains(PackedFlags::NEXT) {
                 return Ok((id, count));
             }
-            place = place.after(1, self.size);
+            at = at.after(1, self.size);
         }
-        let (index, size) = (place.index, self.size.get());
+        let (index, size) = (at.index, self.size.get());
         Err(Fault::Overrun { index, size })
     }
 
@@ -232,8 +221,8 @@ impl PackedRing {
         let (addr, bytes) = (descriptor.addr.get(), descriptor.len.get());
         let table = self.table.copy(&self.snapshot, head, addr, bytes)?;
         for (index, descriptor) in (0..).zip(table) {
-            // Of all flags only WRITE counts here, but a table in a table is
-            // no slip of a driver.
+            // Only WRITE has a meaning here (§2.8.7), but a nested table is no
+            // slip: refuse it.
             if descriptor.flags().contains(PackedFlags::INDIRECT) {
                 return Err(Fault::Indirect { head, index });
             }
@@ -242,83 +231,86 @@ impl PackedRing {
         Ok(())
     }
 
-    /// Undoes the last fetch.
-    pub(super) fn unfetch(&mut self, tag: u16) {
-        if let Some(name) = self.release(tag) {
-            self.next_avail = self.next_avail.before(name.units, self.size);
+    /// Undoes the last pop.
+    pub(super) fn undo_pop(&mut self, tag: u16) {
+        if let Some(used) = self.release(tag) {
+            self.next_avail = self.next_avail.before(used.units, self.size);
         }
     }
 
-    /// Ends the device's hold on a chain; says what the driver calls it, and
-    /// how many descriptors it takes.
-    pub(super) fn release(&mut self, tag: u16) -> Option<Name> {
-        let taken = self.taken.get_mut(usize::from(tag))?;
-        let name = Name {
-            id: taken.id,
-            units: taken.descriptors,
+    /// Frees the tag and returns what the used entry needs.
+    pub(super) fn release(&mut self, tag: u16) -> Option<UsedId> {
+        let in_flight = self.chains.get_mut(usize::from(tag))?;
+        let used = UsedId {
+            id: in_flight.id,
+            units: in_flight.descriptors,
         };
-        if name.units == 0 {
+        if used.units == 0 {
             return None;
         }
-        taken.descriptors = 0;
+        in_flight.descriptors = 0;
         self.free_tags.push(tag);
-        self.descriptors -= name.units;
-        Some(name)
+        self.descriptors -= used.units;
+        Some(used)
     }
 
-    /// Gives back the chain `id`, and all before it: `units` descriptors.
-    pub(super) fn give_back(&mut self, id: u16, written: u32, units: u16) {
+    /// Writes the used entry of chain `id`, which also returns those before it:
+    /// the used position advances by `units` descriptors.
+    pub(super) fn write_used(&mut self, id: u16, written: u32, units: u16) {
         let offset = usize::from(self.next_used.index) * DESCRIPTOR_BYTES;
         let mut flags = PackedFlags::given_back(self.next_used.wrap);
         flags.set(PackedFlags::WRITE, written > 0);
         self.ring.write_u32(offset + LEN, written);
         self.ring.write_u16(offset + ID, id);
-        if self.held.is_some() {
+        if self.unpublished.is_some() {
             self.ring.write_u16(offset + DESCRIPTOR_FLAGS, flags.bits());
         } else {
-            self.held = Some((offset, flags));
+            self.unpublished = Some((offset, flags));
         }
         self.next_used = self.next_used.after(units, self.size);
         self.moved = self.moved.saturating_add(units).min(self.size.get());
     }
 
-    pub(super) fn show(&mut self) {
-        if let Some((offset, flags)) = self.held.take() {
+    /// Makes the used entries written so far visible.
+    pub(super) fn publish_used(&mut self) {
+        if let Some((offset, flags)) = self.unpublished.take() {
             self.ring
                 .store_release_u16(offset + DESCRIPTOR_FLAGS, flags.bits());
         }
     }
 
-    pub(super) fn publish(&mut self) -> Option<bool> {
+    /// Publishes, and checks whether the driver wants an interrupt for the
+    /// descriptors used since the last check; `None` if there are none.
+    pub(super) fn needs_interrupt(&mut self) -> Option<bool> {
         let moved = std::mem::take(&mut self.moved);
         if moved == 0 {
             return None;
         }
-        self.show();
-        // The driver may be about to sleep: it arms, then looks at the ring.
-        // We give back, then look whether it is armed.
+        self.publish_used();
+        // Against a driver that is about to sleep: it arms, then loads the
+        // flags; we store the flags, then load the event.
         fence(Ordering::SeqCst);
         let event = Event::from_bits(self.driver_event.read_u32(0));
         Some(event.wants(self.next_used, moved, self.size))
     }
 
-    fn ask(&self, event: Event) {
+    fn set_event(&self, event: Event) {
         self.device_event.write_u32(0, event.to_bits());
     }
 
     pub(super) fn arm(&mut self) -> bool {
-        self.ask(if self.event_idx {
+        self.set_event(if self.event_idx {
             Event::At(self.next_avail)
         } else {
             Event::Enable
         });
-        // The mirror of `publish`: arm, then look.
+        // The mirror of `needs_interrupt`: arm, then load the flags.
         fence(Ordering::SeqCst);
         self.is_available()
     }
 
     pub(super) fn disarm(&mut self) {
-        self.ask(Event::Disable);
+        self.set_event(Event::Disable);
     }
 }
 

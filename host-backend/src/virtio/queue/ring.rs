@@ -1,4 +1,4 @@
-//! The ring formats behind one face.
+//! Dispatch between the ring formats.
 #![forbid(unsafe_code)]
 
 use super::packed::PackedRing;
@@ -8,10 +8,11 @@ use crate::memory::{MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
 use std::sync::Arc;
 
-/// What the driver calls a chain, and how far the ring moves on when it is
-/// given back: one used element, or as many descriptors as it has.
+/// What a used entry needs of a chain: its id for the driver, and how far the
+/// used index advances (one element of a split ring, the chain's descriptors in
+/// a packed one).
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Name {
+pub(super) struct UsedId {
     pub(super) id: u16,
     pub(super) units: u16,
 }
@@ -37,13 +38,13 @@ impl Ring {
         snapshot: Arc<Snapshot>,
         at: QueueAddresses,
         features: Features,
-        longest: u16,
+        max_chain: u16,
         state: QueueState,
     ) -> Result<Self, QueueError> {
         Ok(if features.contains(Features::RING_PACKED) {
-            Self::Packed(PackedRing::new(snapshot, at, features, longest, state)?)
+            Self::Packed(PackedRing::new(snapshot, at, features, max_chain, state)?)
         } else {
-            Self::Split(SplitRing::new(snapshot, at, features, longest, state)?)
+            Self::Split(SplitRing::new(snapshot, at, features, max_chain, state)?)
         })
     }
 
@@ -65,32 +66,33 @@ impl Ring {
         either!(self, ring => ring.pop(chain))
     }
 
-    /// Ends the device's hold on a chain. `None` if it has none of that tag.
+    /// Clears a chain's in-flight mark and returns what its used entry needs.
+    /// `None` if no chain in flight has that tag.
     #[inline]
-    pub(super) fn release(&mut self, tag: u16) -> Option<Name> {
+    pub(super) fn release(&mut self, tag: u16) -> Option<UsedId> {
         either!(self, ring => ring.release(tag))
     }
 
-    /// Undoes the last fetch, which was that of `tag`.
-    pub(super) fn unfetch(&mut self, tag: u16) {
-        either!(self, ring => ring.unfetch(tag));
+    /// Undoes the last pop, which was that of `tag`.
+    pub(super) fn undo_pop(&mut self, tag: u16) {
+        either!(self, ring => ring.undo_pop(tag));
     }
 
-    /// Gives back the chain `id`; with those before it, the ring moves on by
-    /// `units`.
+    /// Writes the used entry of chain `id`, which also returns those before it:
+    /// the used index advances by `units`.
     #[inline]
-    pub(super) fn give_back(&mut self, id: u16, written: u32, units: u16) {
-        either!(self, ring => ring.give_back(id, written, units));
-    }
-
-    #[inline]
-    pub(super) fn show(&mut self) {
-        either!(self, ring => ring.show());
+    pub(super) fn write_used(&mut self, id: u16, written: u32, units: u16) {
+        either!(self, ring => ring.write_used(id, written, units));
     }
 
     #[inline]
-    pub(super) fn publish(&mut self) -> Option<bool> {
-        either!(self, ring => ring.publish())
+    pub(super) fn publish_used(&mut self) {
+        either!(self, ring => ring.publish_used());
+    }
+
+    #[inline]
+    pub(super) fn needs_interrupt(&mut self) -> Option<bool> {
+        either!(self, ring => ring.needs_interrupt())
     }
 
     #[inline]

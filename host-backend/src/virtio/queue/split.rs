@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use super::chain::Range;
-use super::ring::Name;
-use super::table::Table;
+use super::indirect::IndirectTable;
+use super::ring::UsedId;
 use super::{Chain, Fault, QueueAddresses, QueueError, QueueState};
 use crate::memory::{Access, Mapped, MemoryError, Snapshot};
 use pvkit_protocol::virtio::Features;
@@ -27,22 +27,21 @@ pub(super) struct SplitRing {
     size: QueueSize,
     event_idx: bool,
     indirect: bool,
-    /// Most descriptors of a chain.
-    longest: u16,
-    /// Copy of the indirect table that is being walked.
-    table: Table<Descriptor>,
-    /// Chains that the device has, by head.
-    taken: Vec<bool>,
+    /// Maximum descriptors of a chain.
+    max_chain: u16,
+    /// The indirect table that is being walked.
+    table: IndirectTable<Descriptor>,
+    /// Whether the chain at a head is in flight, by head.
+    is_in_flight: Vec<bool>,
     in_flight: u16,
-    /// Index of the next available entry to fetch.
+    /// Index of the next available entry to pop.
     next_avail: u16,
-    /// The driver's index when it was last read.
+    /// The available index when it was last read.
     avail_seen: u16,
     /// Index of the next used element to write.
     next_used: u16,
-    /// `next_used` when the driver was last asked whether it wants an
-    /// interrupt.
-    published: u16,
+    /// `next_used` when the interrupt suppression was last checked.
+    signalled: u16,
 }
 
 struct Parts {
@@ -73,7 +72,7 @@ impl SplitRing {
         snapshot: Arc<Snapshot>,
         at: QueueAddresses,
         features: Features,
-        longest: u16,
+        max_chain: u16,
         state: QueueState,
     ) -> Result<Self, QueueError> {
         let size = QueueSize::new(u32::from(at.size))?;
@@ -82,7 +81,7 @@ impl SplitRing {
             avail,
             used,
         } = map(&snapshot, size, at)?;
-        let longest = longest.max(size.get());
+        let max_chain = max_chain.max(size.get());
         Ok(Self {
             snapshot,
             descriptors,
@@ -91,14 +90,14 @@ impl SplitRing {
             size,
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
-            longest,
-            table: Table::new(longest),
-            taken: vec![false; usize::from(size.get())],
+            max_chain,
+            table: IndirectTable::new(max_chain),
+            is_in_flight: vec![false; usize::from(size.get())],
             in_flight: 0,
             next_avail: state.next_avail,
             avail_seen: state.next_avail,
             next_used: state.next_used,
-            published: state.next_used,
+            signalled: state.next_used,
         })
     }
 
@@ -152,21 +151,21 @@ impl SplitRing {
         }
         let slot = usize::from(self.size.slot(self.next_avail));
         let head = self.avail.read_u16(AVAIL_RING + 2 * slot);
-        let taken = self
-            .taken
+        let is_in_flight = self
+            .is_in_flight
             .get_mut(usize::from(head))
             .ok_or(Fault::Head { head, size })?;
-        if *taken {
+        if *is_in_flight {
             return Err(Fault::HeadInFlight { head });
         }
-        *taken = true;
+        *is_in_flight = true;
         self.in_flight += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
         if self.event_idx && self.next_avail.is_multiple_of(EVENT_REFRESH) {
             self.used
                 .write_u16(self.size.avail_event_offset(), far_event(self.next_avail));
         }
-        chain.start(head, head, self.longest, &self.snapshot);
+        chain.start(head, head, self.max_chain, &self.snapshot);
         self.walk(head, chain)?;
         Ok(true)
     }
@@ -175,12 +174,12 @@ impl SplitRing {
     fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), Fault> {
         let size = self.size.get();
         let mut index = head;
-        // No more than a chain may have, so it fits.
+        // Bounded by the chain's maximum, so it fits.
         let mut count = 0u16;
         loop {
             count = count.saturating_add(1);
             let offset = usize::from(index) * DESCRIPTOR_BYTES;
-            // One copy; what is checked is the copy.
+            // Copied once; the copy is checked and used.
             let low = self.descriptors.read_u64(offset);
             let high = self.descriptors.read_u64(offset + 8);
             let descriptor: Descriptor = zerocopy::transmute!([U64::new(low), U64::new(high)]);
@@ -191,12 +190,12 @@ impl SplitRing {
                 if !self.indirect || flags.contains(DescriptorFlags::NEXT) {
                     return Err(Fault::Indirect { head, index });
                 }
-                chain.takes(count);
+                chain.set_ring_descriptors(count);
                 return self.walk_table(head, &descriptor, chain);
             }
             add(&descriptor, chain)?;
             if !flags.contains(DescriptorFlags::NEXT) {
-                chain.takes(count);
+                chain.set_ring_descriptors(count);
                 return Ok(());
             }
             let next = descriptor.next.get();
@@ -215,7 +214,7 @@ impl SplitRing {
     ) -> Result<(), Fault> {
         let (addr, bytes) = (descriptor.addr.get(), descriptor.len.get());
         let table = self.table.copy(&self.snapshot, head, addr, bytes)?;
-        // At most `longest` entries, so it fits 16 bits.
+        // At most `max_chain` entries, so it fits 16 bits.
         let size = table.len() as u16;
         let mut index = 0u16;
         loop {
@@ -242,25 +241,26 @@ impl SplitRing {
         }
     }
 
-    /// Undoes the last fetch.
-    pub(super) fn unfetch(&mut self, tag: u16) {
+    /// Undoes the last pop.
+    pub(super) fn undo_pop(&mut self, tag: u16) {
         if self.release(tag).is_some() {
             self.next_avail = self.next_avail.wrapping_sub(1);
         }
     }
 
-    /// Ends the device's hold on a chain: an entry of the used ring is its.
-    pub(super) fn release(&mut self, tag: u16) -> Option<Name> {
-        let taken = self.taken.get_mut(usize::from(tag))?;
-        if !std::mem::replace(taken, false) {
+    /// Clears the in-flight mark and returns what the used element needs.
+    pub(super) fn release(&mut self, tag: u16) -> Option<UsedId> {
+        let is_in_flight = self.is_in_flight.get_mut(usize::from(tag))?;
+        if !std::mem::replace(is_in_flight, false) {
             return None;
         }
         self.in_flight -= 1;
-        Some(Name { id: tag, units: 1 })
+        Some(UsedId { id: tag, units: 1 })
     }
 
-    /// Gives back the chain at `head`, and all before it: `units` entries.
-    pub(super) fn give_back(&mut self, head: u16, written: u32, units: u16) {
+    /// Writes the used element of the chain at `head`, which also returns those
+    /// before it: the used index advances by `units`.
+    pub(super) fn write_used(&mut self, head: u16, written: u32, units: u16) {
         let slot = usize::from(self.size.slot(self.next_used));
         let offset = USED_RING + size_of::<UsedElement>() * slot;
         self.used.write_u32(offset, u32::from(head));
@@ -268,19 +268,22 @@ impl SplitRing {
         self.next_used = self.next_used.wrapping_add(units);
     }
 
-    pub(super) fn show(&mut self) {
+    /// Makes the used elements written so far visible.
+    pub(super) fn publish_used(&mut self) {
         self.used.store_release_u16(USED_IDX, self.next_used);
     }
 
-    pub(super) fn publish(&mut self) -> Option<bool> {
-        let (new, old) = (self.next_used, self.published);
+    /// Publishes, and checks whether the driver wants an interrupt for the
+    /// elements since the last check; `None` if there are none.
+    pub(super) fn needs_interrupt(&mut self) -> Option<bool> {
+        let (new, old) = (self.next_used, self.signalled);
         if new == old {
             return None;
         }
-        self.published = new;
-        self.show();
-        // The driver may be about to sleep: it arms, then looks at the index.
-        // We move the index, then look whether it is armed.
+        self.signalled = new;
+        self.publish_used();
+        // Against a driver that is about to sleep: it arms, then loads the
+        // index; we store the index, then load the event.
         fence(Ordering::SeqCst);
         Some(if self.event_idx {
             need_event(self.avail.read_u16(self.size.used_event_offset()), new, old)
@@ -296,14 +299,14 @@ impl SplitRing {
         } else {
             self.used.write_u16(USED_FLAGS, 0);
         }
-        // The mirror of `publish`: arm, then look.
+        // The mirror of `needs_interrupt`: arm, then load the index.
         fence(Ordering::SeqCst);
         self.avail.read_u16(AVAIL_IDX) != self.next_avail
     }
 
     pub(super) fn disarm(&mut self) {
-        // With EVENT_IDX the event is behind as soon as the next chain is
-        // fetched.
+        // With EVENT_IDX, the event lies behind as soon as the next chain is
+        // popped.
         if !self.event_idx {
             self.used.write_u16(USED_FLAGS, USED_F_NO_NOTIFY);
         }

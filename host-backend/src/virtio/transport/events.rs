@@ -1,9 +1,10 @@
-//! What devices and lanes tell their transport, from threads of their own.
+//! What the device and its lanes report, from threads of their own.
 #![forbid(unsafe_code)]
 
 use super::TransportSignals;
-use crate::virtio::device::DeviceEvents;
-use crate::virtio::queue::Fault;
+use crate::log_limit::{LogLimit, warn_limited};
+use crate::virtio::device::ConfigEvents;
+use crate::worker::{Failure, LaneEvents};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -14,10 +15,20 @@ pub(super) struct Events<S> {
     config_generation: AtomicU32,
     /// DRIVER_OK is set. Before that the driver must not be interrupted
     /// (§3.1.1).
-    live: AtomicBool,
-    /// The configuration changed before that: the driver may have read what is
-    /// no longer true.
-    news: AtomicBool,
+    driver_ok: AtomicBool,
+    /// The configuration changed before that: what the driver has read of it
+    /// may no longer be true.
+    change_pending: AtomicBool,
+    /// For what the driver can make the device log.
+    log_limit: LogLimit,
+}
+
+/// The part of the events that is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct EventState {
+    pub(super) needs_reset: bool,
+    pub(super) config_generation: u32,
+    pub(super) change_pending: bool,
 }
 
 impl<S: TransportSignals> Events<S> {
@@ -26,12 +37,13 @@ impl<S: TransportSignals> Events<S> {
             signals,
             needs_reset: AtomicBool::new(false),
             config_generation: AtomicU32::new(0),
-            live: AtomicBool::new(false),
-            news: AtomicBool::new(false),
+            driver_ok: AtomicBool::new(false),
+            change_pending: AtomicBool::new(false),
+            log_limit: LogLimit::default(),
         }
     }
 
-    pub(super) fn is_broken(&self) -> bool {
+    pub(super) fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
     }
 
@@ -39,49 +51,88 @@ impl<S: TransportSignals> Events<S> {
         self.config_generation.load(Ordering::Acquire)
     }
 
-    /// The device needs a reset.
-    pub(super) fn broke(&self) {
+    /// Raises DEVICE_NEEDS_RESET because a lane cannot work.
+    pub(super) fn break_lane(&self, lane: u16, why: &dyn std::fmt::Display) {
+        warn_limited!(
+            self.log_limit,
+            "virtio: lane {} failed, the device needs a reset: {}",
+            lane,
+            why
+        );
         self.needs_reset.store(true, Ordering::Release);
         self.signals.config();
     }
 
     /// The driver set DRIVER_OK.
-    pub(super) fn started(&self) {
-        self.live.store(true, Ordering::SeqCst);
-        self.tell();
+    pub(super) fn driver_ok(&self) {
+        self.driver_ok.store(true, Ordering::SeqCst);
+        self.report_change();
     }
 
     /// The driver asked for a reset.
-    pub(super) fn stopping(&self) {
-        self.live.store(false, Ordering::SeqCst);
+    pub(super) fn resetting(&self) {
+        self.driver_ok.store(false, Ordering::SeqCst);
     }
 
     /// The device is back at its state at power-on.
     pub(super) fn reset(&self) {
-        self.news.store(false, Ordering::SeqCst);
+        self.change_pending.store(false, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::Release);
         self.signals.reset();
     }
 
-    /// Tells a driver that is ready what it may have missed.
-    fn tell(&self) {
-        // News come before this look at life, and life before that at news: of
-        // two at the same time, one sees both.
-        if self.live.load(Ordering::SeqCst) && self.news.swap(false, Ordering::SeqCst) {
+    /// Tells a driver that is ready of a change that is pending.
+    fn report_change(&self) {
+        // Each side stores its flag, then loads the other's (SeqCst): at least
+        // one thread sees both.
+        if self.driver_ok.load(Ordering::SeqCst)
+            && self.change_pending.swap(false, Ordering::SeqCst)
+        {
             self.signals.config();
         }
     }
-}
 
-impl<S: TransportSignals> DeviceEvents for Events<S> {
-    fn config_changed(&self) {
-        self.config_generation.fetch_add(1, Ordering::AcqRel);
-        self.news.store(true, Ordering::SeqCst);
-        self.tell();
+    pub(super) fn save(&self) -> EventState {
+        let Self {
+            signals: _,
+            needs_reset,
+            config_generation,
+            // As DRIVER_OK in the status.
+            driver_ok: _,
+            change_pending,
+            log_limit: _,
+        } = self;
+        EventState {
+            needs_reset: needs_reset.load(Ordering::Acquire),
+            config_generation: config_generation.load(Ordering::Acquire),
+            change_pending: change_pending.load(Ordering::SeqCst),
+        }
     }
 
-    fn needs_reset(&self, lane: u16, fault: Fault) {
-        log::warn!("virtio: lane {lane} needs a reset: {fault}");
-        self.broke();
+    pub(super) fn restore(&self, state: EventState, driver_ok: bool) {
+        let EventState {
+            needs_reset,
+            config_generation,
+            change_pending,
+        } = state;
+        self.needs_reset.store(needs_reset, Ordering::Release);
+        self.config_generation
+            .store(config_generation, Ordering::Release);
+        self.change_pending.store(change_pending, Ordering::SeqCst);
+        self.driver_ok.store(driver_ok, Ordering::SeqCst);
+    }
+}
+
+impl<S: TransportSignals> ConfigEvents for Events<S> {
+    fn config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        self.change_pending.store(true, Ordering::SeqCst);
+        self.report_change();
+    }
+}
+
+impl<S: TransportSignals> LaneEvents for Events<S> {
+    fn failed(&self, lane: u16, why: &Failure) {
+        self.break_lane(lane, why);
     }
 }

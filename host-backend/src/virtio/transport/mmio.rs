@@ -1,24 +1,30 @@
 //! virtio over memory-mapped registers (virtio 1.3 §4.2).
 #![forbid(unsafe_code)]
 
-use super::control::{Control, QueueRegister, TransportSignals};
+use super::control::{Control, ControlState, QueueRegister, TransportSignals};
 use crate::bus::BusDevice;
 use crate::event::EventFd;
 use crate::executor::Executor;
 use crate::memory::GuestMemory;
+use crate::state::{RestoreError, SavedState, Stateful};
 use crate::virtio::device::Device;
 use crate::worker::Signal;
 use pvkit_protocol::virtio::mmio::{self, InterruptStatus};
 use pvkit_protocol::virtio::{DeviceStatus, Features};
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// What [`mmio::VENDOR_ID`] reads as: "PVKT".
+/// The kind of the saved state.
+const KIND: &str = "virtio-mmio";
+const STATE_VERSION: u32 = 1;
+
+/// The value of [`mmio::VENDOR_ID`]: "PVKT".
 const VENDOR: u32 = u32::from_le_bytes(*b"PVKT");
 
 /// One interrupt line for all queues and for configuration changes, with a
-/// register that says why.
+/// register that tells the cause.
 #[derive(Debug)]
 struct MmioSignals {
     status: AtomicU32,
@@ -73,7 +79,7 @@ impl MmioTransport {
     /// interrupts through `line`.
     ///
     /// # Errors
-    /// What the host says if there are no more file descriptors.
+    /// The host's error if there are no more file descriptors.
     pub fn new(
         device: Box<dyn Device>,
         memory: GuestMemory,
@@ -93,8 +99,8 @@ impl MmioTransport {
         })
     }
 
-    /// The doorbells of all queues. A monitor can register each as an
-    /// ioeventfd for a 32-bit write of the queue's index to
+    /// The eventfds that the driver kicks, by queue. A monitor can register each
+    /// as an ioeventfd for a 32-bit write of the queue's index to
     /// [`mmio::QUEUE_NOTIFY`].
     #[must_use]
     pub fn kicks(&self) -> &[Arc<EventFd>] {
@@ -124,8 +130,8 @@ impl MmioTransport {
             mmio::INTERRUPT_STATUS => self.signals.status.load(Ordering::Acquire),
             mmio::STATUS => u32::from(self.control.status().bits()),
             mmio::CONFIG_GENERATION => self.control.config_generation(),
-            // There are no shared memory regions: length and base of any are
-            // all ones (§4.2.2).
+            // There are no shared memory regions: length and base are all ones
+            // (§4.2.2).
             mmio::SHM_LEN_LOW | mmio::SHM_LEN_HIGH | mmio::SHM_BASE_LOW | mmio::SHM_BASE_HIGH => {
                 u32::MAX
             }
@@ -163,8 +169,7 @@ impl MmioTransport {
                 self.signals.status.fetch_and(!value, Ordering::AcqRel);
             }
             mmio::STATUS => {
-                // The field has 8 bits (§2.1); what lies above them does not
-                // count.
+                // The field has 8 bits (§2.1).
                 let status = DeviceStatus::from_bits_retain(value as u8);
                 self.control.set_status(status);
                 if status.is_empty() {
@@ -177,6 +182,72 @@ impl MmioTransport {
             mmio::SHM_SEL => {}
             _ => log::debug!("virtio-mmio: write of {value:#x} to register {offset:#x}"),
         }
+    }
+}
+
+/// The saved state of a window.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MmioState {
+    control: ControlState,
+    interrupt_status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    queue_sel: u32,
+}
+
+impl Stateful for MmioTransport {
+    fn begin_pause(&mut self) {
+        self.control.begin_pause();
+    }
+
+    fn poll_paused(&mut self) -> bool {
+        self.control.poll_paused()
+    }
+
+    fn resume(&mut self) {
+        self.control.resume();
+        // An edge before the restore is not known to have arrived.
+        if self.signals.status.load(Ordering::Acquire) != 0 {
+            self.signals.line.signal();
+        }
+    }
+
+    fn save(&self) -> SavedState {
+        let Self {
+            control,
+            signals,
+            device_features_sel,
+            driver_features_sel,
+            queue_sel,
+        } = self;
+        let state = MmioState {
+            control: control.save(),
+            interrupt_status: signals.status.load(Ordering::Acquire),
+            device_features_sel: *device_features_sel,
+            driver_features_sel: *driver_features_sel,
+            queue_sel: *queue_sel,
+        };
+        SavedState::new(KIND, STATE_VERSION, &state)
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        let MmioState {
+            control,
+            interrupt_status,
+            device_features_sel,
+            driver_features_sel,
+            queue_sel,
+        } = state.open(KIND, STATE_VERSION)?;
+        let status = InterruptStatus::from_bits(interrupt_status)
+            .ok_or_else(|| RestoreError::invalid(KIND, "unknown bits of the interrupt status"))?;
+        // Kept first: restoring the device may raise more.
+        self.signals.status.store(status.bits(), Ordering::Release);
+        self.control.restore(&control)?;
+        self.device_features_sel = device_features_sel;
+        self.driver_features_sel = driver_features_sel;
+        self.queue_sel = queue_sel;
+        Ok(())
     }
 }
 

@@ -49,22 +49,22 @@ fn tags_that_are_not_in_flight_are_ignored() {
         };
         // Nothing is in flight yet.
         for tag in [0, 7, 8, 0xffff] {
-            queue.push(tag, 1);
+            queue.complete(tag, 1);
         }
-        assert_eq!(queue.publish(), None);
+        assert_eq!(queue.needs_interrupt(), None);
         let (first, second) = (pop(&mut queue, 0), pop(&mut queue, 1));
-        assert_eq!(queue.publish(), None, "the device still has them");
+        assert_eq!(queue.needs_interrupt(), None, "the device still has them");
         // Done twice: the first time counts, whether it is its turn or not.
         for tag in [second, second, first, first, second] {
-            queue.push(tag, 16);
-            queue.push(tag, 9);
+            queue.complete(tag, 16);
+            queue.complete(tag, 9);
         }
-        assert!(queue.publish().is_some());
+        assert!(queue.needs_interrupt().is_some());
         assert_eq!(queue.in_flight(), 0);
         let third = pop(&mut queue, 2);
-        assert_eq!((queue.publish(), queue.in_flight()), (None, 1));
-        queue.push(third, 16);
-        assert!(queue.publish().is_some());
+        assert_eq!((queue.needs_interrupt(), queue.in_flight()), (None, 1));
+        queue.complete(third, 16);
+        assert!(queue.needs_interrupt().is_some());
         assert_eq!(queue.in_flight(), 0);
         let used: Vec<_> = if packed {
             let used = ring.used(&guest);
@@ -105,17 +105,17 @@ fn nothing_is_seen_before_it_is_shown() {
                 used.iter().map(|used| used.chains).sum::<usize>()
             };
             for tag in &tags[..3] {
-                queue.push(*tag, 16);
+                queue.complete(*tag, 16);
                 assert_eq!(ring.used(&guest), [], "round {round}: not yet");
             }
-            queue.show();
+            queue.publish_used();
             assert_eq!(seen(&mut ring, &guest), 3, "round {round}: shown");
-            queue.push(tags[3], 16);
+            queue.complete(tags[3], 16);
             assert_eq!(ring.used(&guest), [], "round {round}: not yet");
             // Asked once, for all four.
-            assert_eq!(queue.publish(), Some(true));
+            assert_eq!(queue.needs_interrupt(), Some(true));
             assert_eq!(seen(&mut ring, &guest), 1, "round {round}: published");
-            assert_eq!(queue.publish(), None);
+            assert_eq!(queue.needs_interrupt(), None);
         }
     }
 }

@@ -3,8 +3,7 @@
 
 use super::*;
 use crate::executor::{Executor, ThreadOptions, Threads};
-use crate::virtio::device::DeviceEvents;
-use crate::virtio::queue::Fault;
+use crate::worker::{Failure, LaneEvents};
 use pvkit_protocol::emulated::e1000::{Ctrl, RxError, RxStatus};
 use std::thread;
 
@@ -548,14 +547,13 @@ fn descriptors_of_all_kinds() {
     assert_eq!(bench.counters.ring_faults.get(), 0);
 }
 
-/// Nobody is told anything.
+/// Panics when a worker fails.
 #[derive(Debug)]
 struct Nobody;
 
-impl DeviceEvents for Nobody {
-    fn config_changed(&self) {}
-    fn needs_reset(&self, lane: u16, fault: Fault) {
-        panic!("lane {lane}: {fault}");
+impl LaneEvents for Nobody {
+    fn failed(&self, lane: u16, why: &Failure) {
+        panic!("lane {lane}: {why}");
     }
 }
 

@@ -4,18 +4,20 @@
 mod common;
 mod signals;
 
-use super::control::Control;
+use super::control::{Control, ControlState};
 use crate::event::EventFd;
 use crate::executor::Executor;
 use crate::memory::GuestMemory;
 use crate::pci::{Bar, ConfigError, ConfigSpace, FunctionId, Messages, MsixControl, PciFunction};
-use crate::virtio::device::{Device, Identity};
+use crate::state::{RestoreError, SavedState, Stateful};
+use crate::virtio::device::Device;
 use pvkit_protocol::pci::{capability, class, header, msix};
 use pvkit_protocol::virtio::pci::{
     self as wire, Capability, NotifyCapability, WindowCapability, cfg_type,
 };
 use pvkit_protocol::virtio::{Features, device_id};
-use signals::PciSignals;
+use serde::{Deserialize, Serialize};
+use signals::{PciSignals, SignalState};
 use std::fmt;
 use std::io;
 use std::mem::offset_of;
@@ -24,18 +26,22 @@ use thiserror::Error;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
 
-/// How a function looks.
+/// The kind of the saved state.
+const KIND: &str = "virtio-pci";
+const STATE_VERSION: u32 = 1;
+
+/// Options of a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct PciOptions {
-    /// Number of MSI-X vectors, at most 2,048; 0 for none, so that only the
-    /// pin is left. Unless set, one for each queue and one for configuration
-    /// changes. With fewer, the driver lets queues share.
+    /// Number of MSI-X vectors, at most 2,048; 0 leaves only the pin. The
+    /// default is one for each queue and one for configuration changes; with
+    /// fewer, the driver lets queues share.
     pub vectors: Option<u16>,
 }
 
 impl PciOptions {
-    /// With so many MSI-X vectors.
+    /// Sets the number of MSI-X vectors.
     #[must_use]
     pub fn with_vectors(mut self, vectors: u16) -> Self {
         self.vectors = Some(vectors);
@@ -43,30 +49,30 @@ impl PciOptions {
     }
 }
 
-/// A function that cannot be.
+/// Why the function could not be created.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum PciError {
     /// Device types above 63 have no PCI device.
-    #[error("device type {0} cannot be on PCI")]
+    #[error("device type {0} has no PCI device id")]
     Type(u32),
     /// There are more vectors than MSI-X can have.
-    #[error("{0} MSI-X vectors: {most} are possible", most = msix::MOST)]
+    #[error("{0} MSI-X vectors exceed the maximum of {max}", max = msix::MOST)]
     Vectors(u16),
-    /// The configuration space cannot be.
+    /// The configuration space has no room.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The host has no more file descriptors.
-    #[error("no event counter: {0}")]
+    #[error("failed to create an eventfd: {0}")]
     Event(#[source] io::Error),
 }
 
-/// Takes the doorbells where the guest rings them, so that they need not come
-/// to the transport: a monitor registers ioeventfds.
+/// Takes notifications at the addresses of the doorbells, so that they need not
+/// come to the transport: a monitor registers ioeventfds.
 pub trait Doorbells: Send + fmt::Debug {
     /// The doorbell of queue `n` is at `first + n × `[`PciTransport::NOTIFY_BYTES`]
-    /// from now on, for a write of any width and value; `None`: nowhere. What
-    /// is not taken comes to [`PciFunction::write_bar`]. Called with the
+    /// from now on, for a write of any width and value; `None`: nowhere. Writes
+    /// that are not taken come to [`PciFunction::write_bar`]. Called with the
     /// function locked.
     fn move_to(&mut self, first: Option<u64>);
 }
@@ -76,9 +82,8 @@ pub trait Doorbells: Send + fmt::Debug {
 /// The registers lie in base address register 0, of 64 bits; the MSI-X table
 /// and its pending bits in base address register 2, of 32 bits.
 ///
-/// It is attached to a [`PciRoot`](crate::pci::PciRoot); a monitor that has
-/// firmware of its own leaves [`assign_memory`](crate::pci::assign_memory) to
-/// it.
+/// It is attached to a [`PciRoot`](crate::pci::PciRoot). A monitor without
+/// firmware assigns addresses by [`assign_memory`](crate::pci::assign_memory).
 ///
 /// ```
 /// use pvkit_host::disk::MemoryDisk;
@@ -134,8 +139,8 @@ pub struct PciTransport {
     /// Offset of the [`WindowCapability`].
     window: u8,
     doorbells: Option<Box<dyn Doorbells>>,
-    /// Where the doorbells are.
-    ringing_at: Option<u64>,
+    /// Address of the first doorbell.
+    doorbells_at: Option<u64>,
     device_feature_select: u32,
     driver_feature_select: u32,
     queue_select: u16,
@@ -164,7 +169,7 @@ impl PciTransport {
     pub const NOTIFY_BYTES: u64 = 4;
 
     /// A function in front of `device`, whose lanes `executor` drives, and
-    /// which interrupts by `messages`, or by INTA# while MSI-X is off. The
+    /// which interrupts through `messages`, or by INTA# while MSI-X is off. The
     /// guest, or firmware, assigns its base address registers.
     ///
     /// # Errors
@@ -179,7 +184,7 @@ impl PciTransport {
     ) -> Result<Self, PciError> {
         let identity = device.identity();
         let type_ = identity.device_id;
-        let queues = queues_of(&identity);
+        let queues = identity.queues();
         let vectors = vectors_of(queues, options)?;
         let mut config = ConfigSpace::new(FunctionId {
             vendor: wire::VENDOR,
@@ -226,7 +231,7 @@ impl PciTransport {
             msix: capability,
             window,
             doorbells: None,
-            ringing_at: None,
+            doorbells_at: None,
             device_feature_select: 0,
             driver_feature_select: 0,
             queue_select: 0,
@@ -238,10 +243,10 @@ impl PciTransport {
     /// # Errors
     /// [`PciError::Vectors`] if there cannot be so many.
     pub fn vectors_for(device: &dyn Device, options: PciOptions) -> Result<u16, PciError> {
-        vectors_of(queues_of(&device.identity()), options)
+        vectors_of(device.identity().queues(), options)
     }
 
-    /// The doorbells of all queues.
+    /// The eventfds that the driver kicks, by queue.
     #[must_use]
     pub fn kicks(&self) -> &[Arc<EventFd>] {
         self.control.kicks()
@@ -259,14 +264,14 @@ impl PciTransport {
         self.signals.lock().msix.vectors()
     }
 
-    /// From now on, `doorbells` is told where the doorbells are.
+    /// Has `doorbells` follow the addresses of the doorbells.
     pub fn set_doorbells(&mut self, doorbells: Box<dyn Doorbells>) {
         self.doorbells = Some(doorbells);
-        self.ringing_at = None;
+        self.doorbells_at = None;
         self.follow_config();
     }
 
-    /// Does what a change of configuration space asks for.
+    /// Follows a change of configuration space.
     fn follow_config(&mut self) {
         if let Some(at) = self.msix {
             let control = self.config.u16_at(at + msix::CONTROL);
@@ -275,22 +280,22 @@ impl PciTransport {
         }
         let window = self.config.window(Self::REGISTERS_BAR);
         let at = window.map(|window| window.start + place::NOTIFY);
-        if at != self.ringing_at {
-            self.ringing_at = at;
+        if at != self.doorbells_at {
+            self.doorbells_at = at;
             if let Some(doorbells) = &mut self.doorbells {
                 doorbells.move_to(at);
             }
         }
     }
 
-    /// What the window capability is set to, if that is a place that exists:
-    /// base address register, offset and width.
+    /// The target of the window capability, if it exists: base address register,
+    /// offset and width.
     fn windowed(&self) -> Option<(u8, u64, usize)> {
         let at = |field: usize| self.window + field as u8;
         let bar = self.config.u8_at(at(offset_of!(Capability, bar)));
         let offset = self.config.u32_at(at(offset_of!(Capability, offset)));
         let length = self.config.u32_at(at(offset_of!(Capability, length)));
-        // §4.1.4.9.1: widths that accesses have, and aligned.
+        // Only widths that accesses have, and aligned (§4.1.4.9.1).
         if !matches!(length, 1 | 2 | 4) || !offset.is_multiple_of(length) {
             return None;
         }
@@ -336,8 +341,7 @@ impl PciTransport {
                 self.control.write_config(at, data);
             }
             place::NOTIFY.. => {
-                // The address alone says which queue is meant: each has its
-                // own doorbell (§4.1.4.4).
+                // Each queue has its own doorbell (§4.1.4.4).
                 let at = offset - place::NOTIFY;
                 if at.is_multiple_of(Self::NOTIFY_BYTES) {
                     let queue = u32::try_from(at / Self::NOTIFY_BYTES);
@@ -347,11 +351,6 @@ impl PciTransport {
             _ => {}
         }
     }
-}
-
-fn queues_of(identity: &Identity) -> u16 {
-    let ends = identity.lanes.iter().map(|lane| lane.end);
-    ends.max().unwrap_or(0)
 }
 
 fn vectors_of(queues: u16, options: PciOptions) -> Result<u16, PciError> {
@@ -414,6 +413,83 @@ fn add_structures(
         data: [0xff; 4],
     };
     add(window.as_bytes(), writable.as_bytes())
+}
+
+/// The saved state of a function.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PciState {
+    config: Vec<u8>,
+    control: ControlState,
+    signals: SignalState,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    queue_select: u16,
+}
+
+impl Stateful for PciTransport {
+    fn begin_pause(&mut self) {
+        self.control.begin_pause();
+    }
+
+    fn poll_paused(&mut self) -> bool {
+        self.control.poll_paused()
+    }
+
+    fn resume(&mut self) {
+        self.control.resume();
+    }
+
+    fn save(&self) -> SavedState {
+        let Self {
+            config,
+            control,
+            signals,
+            // The same in every function with this device.
+            msix: _,
+            window: _,
+            // The monitor's, and where configuration space says.
+            doorbells: _,
+            doorbells_at: _,
+            device_feature_select,
+            driver_feature_select,
+            queue_select,
+        } = self;
+        let state = PciState {
+            config: config.save(),
+            control: control.save(),
+            signals: signals.lock().save(),
+            device_feature_select: *device_feature_select,
+            driver_feature_select: *driver_feature_select,
+            queue_select: *queue_select,
+        };
+        SavedState::new(KIND, STATE_VERSION, &state)
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        let PciState {
+            config,
+            control,
+            signals,
+            device_feature_select,
+            driver_feature_select,
+            queue_select,
+        } = state.open(KIND, STATE_VERSION)?;
+        let invalid = |error: &'static str| RestoreError::invalid(KIND, error);
+        // In this order: what configuration space switches on sends what is
+        // pending, and restoring the device may raise more.
+        let restored = self.signals.lock().restore(&signals);
+        restored.ok_or(invalid("its vectors are not those of this function"))?;
+        self.config
+            .restore(&config)
+            .map_err(|error| RestoreError::invalid(KIND, error))?;
+        self.follow_config();
+        self.control.restore(&control)?;
+        self.device_feature_select = device_feature_select;
+        self.driver_feature_select = driver_feature_select;
+        self.queue_select = queue_select;
+        Ok(())
+    }
 }
 
 impl PciFunction for PciTransport {

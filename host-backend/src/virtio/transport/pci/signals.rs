@@ -1,16 +1,17 @@
-//! How a virtio function interrupts: by message, or by its pin with a register
-//! that says why.
+//! The interrupts of a virtio function: MSI-X, or its pin with a register that
+//! tells the cause.
 #![forbid(unsafe_code)]
 
-use crate::pci::{Intx, Messages, Msix, MsixControl};
+use crate::pci::{Intx, Messages, Msix, MsixControl, MsixState};
 use crate::sync::lock;
 use crate::virtio::transport::control::TransportSignals;
 use crate::worker::Signal;
 use pvkit_protocol::virtio::pci::{IsrStatus, NO_VECTOR};
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// Everything that decides about an interrupt, under one lock: signals come
-/// from the threads of the lanes.
+/// Everything that an interrupt depends on, under one lock: signals come from
+/// the threads of the lanes.
 #[derive(Debug)]
 pub(super) struct PciSignals(Mutex<State>);
 
@@ -19,6 +20,16 @@ pub(super) struct State {
     pub(super) msix: Msix,
     isr: IsrStatus,
     intx: Intx,
+    config_vector: u16,
+    queue_vectors: Vec<u16>,
+}
+
+/// The saved interrupts of a function.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SignalState {
+    msix: MsixState,
+    isr: u8,
     config_vector: u16,
     queue_vectors: Vec<u16>,
 }
@@ -40,13 +51,53 @@ impl PciSignals {
 }
 
 impl State {
+    pub(super) fn save(&self) -> SignalState {
+        let Self {
+            msix,
+            isr,
+            // Follows from the ISR status.
+            intx: _,
+            config_vector,
+            queue_vectors,
+        } = self;
+        SignalState {
+            msix: msix.save(),
+            isr: isr.bits(),
+            config_vector: *config_vector,
+            queue_vectors: queue_vectors.clone(),
+        }
+    }
+
+    /// Takes over saved interrupts; `None` if a driver of this function cannot
+    /// have brought them about.
+    pub(super) fn restore(&mut self, state: &SignalState) -> Option<()> {
+        let SignalState {
+            msix,
+            isr,
+            config_vector,
+            queue_vectors,
+        } = state;
+        let isr = IsrStatus::from_bits(*isr)?;
+        let possible = |vector: u16| vector == NO_VECTOR || vector < self.msix.vectors();
+        let vectors = queue_vectors.iter().chain([config_vector]);
+        if queue_vectors.len() != self.queue_vectors.len() || !vectors.copied().all(possible) {
+            return None;
+        }
+        self.msix.restore(msix).ok()?;
+        self.isr = isr;
+        self.config_vector = *config_vector;
+        self.queue_vectors.clone_from(queue_vectors);
+        self.drive();
+        Some(())
+    }
+
     /// The pin follows the ISR status while MSI-X is off (§4.1.4.5.1).
     fn drive(&self) {
         self.intx
             .set(!self.msix.is_enabled() && !self.isr.is_empty());
     }
 
-    /// The ISR status, which the read clears; so the pin is released.
+    /// Reads and clears the ISR status, which releases the pin.
     pub(super) fn take_isr(&mut self) -> u8 {
         let isr = std::mem::take(&mut self.isr);
         self.drive();
@@ -61,12 +112,12 @@ impl State {
         }
     }
 
-    /// The vector, if there is such a one.
+    /// The vector, if it exists.
     fn accept(&self, vector: u16) -> u16 {
         if vector < self.msix.vectors() {
             vector
         } else {
-            // §4.1.5.1.2.1: a vector that cannot be mapped reads back so.
+            // A vector that cannot be mapped reads back so (§4.1.5.1.2.1).
             NO_VECTOR
         }
     }
@@ -86,8 +137,8 @@ impl State {
 
     pub(super) fn set_queue_vector(&mut self, queue: u16, vector: u16) {
         let vector = self.accept(vector);
-        if let Some(place) = self.queue_vectors.get_mut(usize::from(queue)) {
-            *place = vector;
+        if let Some(entry) = self.queue_vectors.get_mut(usize::from(queue)) {
+            *entry = vector;
         }
     }
 }

@@ -1,21 +1,21 @@
-//! Indirect tables: the copy that is walked.
+//! Indirect tables, copied out of guest memory before they are walked.
 #![forbid(unsafe_code)]
 
 use super::Fault;
 use crate::memory::Snapshot;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Room for the longest table of descriptors `D`, used again for every chain.
+/// Room for the longest table of descriptors `D`, reused for every chain.
 #[derive(Debug)]
-pub(super) struct Table<D>(Vec<D>);
+pub(super) struct IndirectTable<D>(Vec<D>);
 
-impl<D: FromBytes + IntoBytes + Immutable + Clone> Table<D> {
-    pub(super) fn new(longest: u16) -> Self {
-        Self(vec![D::new_zeroed(); usize::from(longest)])
+impl<D: FromBytes + IntoBytes + Immutable + Clone> IndirectTable<D> {
+    pub(super) fn new(max_chain: u16) -> Self {
+        Self(vec![D::new_zeroed(); usize::from(max_chain)])
     }
 
-    /// Copies the table of `bytes` bytes at `addr` out of guest memory; `head`
-    /// is the chain's. It has at least one entry, and at most as many as there
+    /// Copies the table of `bytes` bytes at `addr`; `head` is the chain's, for
+    /// faults. The table has at least one entry, and at most as many as there
     /// is room for.
     pub(super) fn copy(
         &mut self,
