@@ -23,6 +23,10 @@ pub enum InitError {
     /// It does not reset.
     #[error(transparent)]
     Reset(#[from] ResetTimeout),
+    /// It does not run since a recovery failed, so that no queue of it can be
+    /// reset alone.
+    #[error("the device does not run: recover it first")]
+    NotRunning,
     /// It lacks features that the driver or its user insists on.
     #[error("the device lacks features {missing:?}")]
     Missing {

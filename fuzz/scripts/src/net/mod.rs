@@ -535,10 +535,11 @@ impl World {
             Ok(()) => {
                 self.faulty.remove(&index);
             }
-            Err(InitError::Missing { .. }) => return,
+            Err(InitError::Missing { .. } | InitError::NotRunning) => return,
             Err(error) => {
+                // The driver uses that queue no more, and reports it as any
+                // other fault.
                 assert!(meddled, "{error}");
-                self.retired |= matches!(error, InitError::Reset(_));
             }
         }
         if index % 2 == 1 {

@@ -123,6 +123,7 @@ impl<T: Transport> Block<T> {
             allow,
             queues: 0,
             write_cache: None,
+            running: false,
             closed: false,
         };
         let said = limits::read(&block.transport, features, &options)?;
@@ -140,6 +141,7 @@ impl<T: Transport> Block<T> {
             block.abandon(places_now.iter_mut().flatten());
             return Err(error);
         }
+        block.running = true;
         Ok((block, places))
     }
 
@@ -265,6 +267,7 @@ impl<T: Transport> Block<T> {
         for queue in &mut *queues {
             queue.borrow_mut().queue.retire(Fault::NeedsReset);
         }
+        self.running = false;
         let proof = self.transport.reset()?;
         let mut ours = true;
         for queue in &mut *queues {
@@ -321,7 +324,9 @@ impl<T: Transport> Block<T> {
             .try_for_each(|queue| self.restart(queue.borrow_mut()));
         restarted
             .and_then(|()| init::driver_ok(&mut self.transport))
-            .inspect_err(|_| self.abandon(queues.iter_mut().map(BorrowMut::borrow_mut)))
+            .inspect_err(|_| self.abandon(queues.iter_mut().map(BorrowMut::borrow_mut)))?;
+        self.running = true;
+        Ok(())
     }
 
     /// Starts a queue again that was reclaimed.
@@ -349,7 +354,8 @@ impl<T: Transport> Block<T> {
     /// [`Events::NEEDS_RESET`]: crate::virtio::transport::Events::NEEDS_RESET
     ///
     /// # Errors
-    /// [`InitError::Missing`] if the device does not offer this, and
+    /// [`InitError::Missing`] if the device does not offer this,
+    /// [`InitError::NotRunning`] if the last recovery failed, and
     /// [`InitError::ForeignQueue`] for the queue of another device: then
     /// nothing happens. [`InitError::Reset`] if the reset does not finish: the
     /// queue stays retired with its requests, and recovering can be tried.
@@ -362,6 +368,9 @@ impl<T: Transport> Block<T> {
         let missing = Features::RING_RESET;
         if !self.features.contains(missing) {
             return Err(InitError::Missing { missing });
+        }
+        if !self.running {
+            return Err(InitError::NotRunning);
         }
         queue.queue.retire(Fault::NeedsReset);
         let index = queue.index();

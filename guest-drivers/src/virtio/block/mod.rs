@@ -127,6 +127,8 @@ pub struct Block<T: Transport> {
     queues: u16,
     /// What the user asked for, to be asked for again after a reset.
     write_cache: Option<bool>,
+    /// The last start or recovery succeeded.
+    running: bool,
     closed: bool,
 }
 

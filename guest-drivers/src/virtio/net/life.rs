@@ -201,6 +201,7 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
             options,
             allow,
             settings: Settings::new(),
+            running: false,
             closed: false,
         };
         let places_now = places.as_mut();
@@ -211,6 +212,7 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
             net.abandon(pairs.map(|(tx, rx)| (tx, rx)));
             return Err(error);
         }
+        net.running = true;
         for (_, rx) in places_now.iter_mut().flatten() {
             rx.publish();
         }

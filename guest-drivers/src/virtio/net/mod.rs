@@ -120,6 +120,8 @@ pub struct Net<T: Transport, S: DmaSpace<Addr = u64>> {
     /// What may be negotiated: the same after a reset as before.
     allow: Features,
     settings: Settings,
+    /// The last start or recovery succeeded.
+    running: bool,
     closed: bool,
 }
 

@@ -79,6 +79,7 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
             tx.borrow_mut().queue.retire(Fault::NeedsReset);
             rx.borrow_mut().queue.retire(Fault::NeedsReset);
         }
+        self.running = false;
         let proof = self.transport.reset()?;
         let mut ours = true;
         for (tx, rx) in &mut *pairs {
@@ -125,6 +126,7 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
             );
             return Err(error);
         }
+        self.running = true;
         for (_, rx) in &mut *pairs {
             rx.borrow_mut().publish();
         }
@@ -189,7 +191,8 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
     /// §2.6.1). Outstanding buffers come back through `each`.
     ///
     /// # Errors
-    /// [`InitError::Missing`] if the device does not offer this, and
+    /// [`InitError::Missing`] if the device does not offer this,
+    /// [`InitError::NotRunning`] if the last recovery failed, and
     /// [`InitError::ForeignQueue`] for the queue of another device: then
     /// nothing happens. [`InitError::Reset`] if the reset does not finish: the
     /// queue stays retired with its buffers, and recovering can be tried.
@@ -229,6 +232,9 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
         let missing = Features::RING_RESET;
         if !self.features.contains(missing) {
             return Err(InitError::Missing { missing });
+        }
+        if !self.running {
+            return Err(InitError::NotRunning);
         }
         queue.retire(Fault::NeedsReset);
         Ok(self.transport.reset_queue(queue.index())?)

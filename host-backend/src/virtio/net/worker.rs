@@ -94,7 +94,7 @@ impl PairWorker {
     /// that comes in changes nothing.
     fn waits(&self) -> Waits {
         Waits {
-            receive: !self.rx.as_ref().is_some_and(Receive::is_starved),
+            receive: self.rx.as_ref().is_some_and(|rx| !rx.is_starved()),
             send: self.tx.as_ref().is_some_and(Transmit::is_stalled),
         }
     }

@@ -63,6 +63,9 @@ pub(super) struct VirtQueue {
     pub(super) was_reset: bool,
     /// The driver resets this queue, and its lane still runs.
     pub(super) resetting: bool,
+    /// The worker of its lane has it. One that was enabled since the lane
+    /// started has to wait for the next start.
+    pub(super) with_worker: bool,
     pub(super) position: Position,
 }
 
@@ -285,7 +288,7 @@ impl<S: TransportSignals + 'static> Control<S> {
             let Some(queue) = self.queues.get_mut(usize::from(queue)) else {
                 continue;
             };
-            if was_running && queue.is_served() {
+            if std::mem::take(&mut queue.with_worker) {
                 let stands = state.as_ref().and_then(|state| state.queue(index));
                 queue.position = stands.map_or(Position::Broken, Position::At);
             }
@@ -349,6 +352,12 @@ impl<S: TransportSignals + 'static> Control<S> {
         let features = self.driver_features;
         if let Err(error) = self.lanes.start(lane, resources, features, Some(&at)) {
             self.events.break_lane(lane, &error);
+            return;
+        }
+        for number in self.queues_of(lane) {
+            if let Some(queue) = self.queues.get_mut(usize::from(number)) {
+                queue.with_worker = queue.is_served();
+            }
         }
     }
 }

@@ -53,8 +53,9 @@ impl From<&VirtQueue> for SavedQueue {
             device,
             ready,
             was_reset,
-            // A paused device has finished all resets.
+            // A paused device has finished all resets, and has no workers.
             resetting: _,
+            with_worker: _,
             position,
         } = *queue;
         Self {
@@ -92,6 +93,7 @@ impl From<&SavedQueue> for VirtQueue {
             ready,
             was_reset,
             resetting: false,
+            with_worker: false,
             position: match position {
                 SavedPosition::New => Position::New,
                 SavedPosition::At(state) => Position::At(state),
