@@ -4,6 +4,14 @@
 //! Accesses are single plain loads and stores, in forms that every hypervisor
 //! decodes. A guest whose memory its host cannot read implements the traits
 //! with hypercalls instead.
+//!
+//! Writes are `unsafe`: a register can tell a device to write to any memory.
+//! A handle has one owner, the driver that it is handed to; a second handle to
+//! the same registers takes an `unsafe` call too.
+
+mod owned;
+
+pub(crate) use owned::{OwnedPorts, OwnedRegisters};
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -16,7 +24,7 @@ use core::ptr::NonNull;
 /// Each call is one access of exactly its width to the register at `offset` of
 /// one fixed window, in program order with the other calls, and after all
 /// earlier writes to memory. It touches no memory of the program.
-pub unsafe trait Registers: Clone + Send + 'static {
+pub unsafe trait Registers: Send + 'static {
     /// Size of the window in bytes.
     fn len(&self) -> usize;
     /// Whether there is no window at all.
@@ -30,15 +38,48 @@ pub unsafe trait Registers: Clone + Send + 'static {
     /// Reads 32 bits.
     fn read_u32(&self, offset: usize) -> u32;
     /// Writes 8 bits.
-    fn write_u8(&self, offset: usize, value: u8);
+    ///
+    /// # Safety
+    /// What the device does upon the write touches no memory but what its
+    /// driver may give it, and disturbs no other owner of the device.
+    unsafe fn write_u8(&self, offset: usize, value: u8);
     /// Writes 16 bits.
-    fn write_u16(&self, offset: usize, value: u16);
+    ///
+    /// # Safety
+    /// As for [`write_u8`](Registers::write_u8).
+    unsafe fn write_u16(&self, offset: usize, value: u16);
     /// Writes 32 bits.
-    fn write_u32(&self, offset: usize, value: u32);
+    ///
+    /// # Safety
+    /// As for [`write_u8`](Registers::write_u8).
+    unsafe fn write_u32(&self, offset: usize, value: u32);
+    /// A second handle to the same window.
+    ///
+    /// # Safety
+    /// The two are used for different registers, or by one driver at a time.
+    #[must_use]
+    unsafe fn alias(&self) -> Self
+    where
+        Self: Sized;
 }
 
 /// Registers in the address space of the driver.
-#[derive(Clone)]
+///
+/// There is one owner, and safe code cannot write to the device:
+///
+/// ```compile_fail,E0599
+/// # use pvkit_guest::register::MmioRegisters;
+/// fn second(registers: MmioRegisters) -> [MmioRegisters; 2] {
+///     [registers.clone(), registers]
+/// }
+/// ```
+///
+/// ```compile_fail,E0133
+/// # use pvkit_guest::register::{MmioRegisters, Registers};
+/// fn tell(registers: &MmioRegisters) {
+///     registers.write_u32(0x80, 0x1000);
+/// }
+/// ```
 pub struct MmioRegisters {
     base: NonNull<u8>,
     len: usize,
@@ -59,8 +100,12 @@ impl MmioRegisters {
     ///
     /// # Safety
     /// `base` is aligned to 8 bytes; the window is mapped uncached for as long
-    /// as this value or a clone exists, and holds registers of a device, which
-    /// only drivers made from this value use, one at a time.
+    /// as this value or an [alias](Registers::alias) exists, and holds
+    /// registers of a device, which only the driver that gets this value uses.
+    /// (A second value may be made for other registers of the window: the
+    /// vectors of a PCI function can share one with its structures.) The device
+    /// does not use memory that it was told about earlier, by firmware say,
+    /// unless nobody else does.
     #[must_use]
     pub const unsafe fn new(base: NonNull<u8>, len: usize) -> Self {
         Self { base, len }
@@ -171,24 +216,33 @@ unsafe impl Registers for MmioRegisters {
             .map_or(!0, |at| unsafe { access::load_u32(at) })
     }
     #[inline]
-    fn write_u8(&self, offset: usize, value: u8) {
+    unsafe fn write_u8(&self, offset: usize, value: u8) {
         if let Some(at) = self.at(offset) {
-            // SAFETY: `at` checked the register's place.
+            // SAFETY: `at` checked that the register is in the window; the
+            // caller answers for the value.
             unsafe { access::store_u8(at, value) };
         }
     }
     #[inline]
-    fn write_u16(&self, offset: usize, value: u16) {
+    unsafe fn write_u16(&self, offset: usize, value: u16) {
         if let Some(at) = self.at(offset) {
-            // SAFETY: `at` checked the register's place.
+            // SAFETY: `at` checked that the register is in the window; the
+            // caller answers for the value.
             unsafe { access::store_u16(at, value) };
         }
     }
     #[inline]
-    fn write_u32(&self, offset: usize, value: u32) {
+    unsafe fn write_u32(&self, offset: usize, value: u32) {
         if let Some(at) = self.at(offset) {
-            // SAFETY: `at` checked the register's place.
+            // SAFETY: `at` checked that the register is in the window; the
+            // caller answers for the value.
             unsafe { access::store_u32(at, value) };
+        }
+    }
+    unsafe fn alias(&self) -> Self {
+        Self {
+            base: self.base,
+            len: self.len,
         }
     }
 }
@@ -199,7 +253,7 @@ unsafe impl Registers for MmioRegisters {
 /// Each call is the one access (or the `buffer`'s length in accesses) that its
 /// name says, in program order with the other calls, and after all earlier
 /// writes to memory. It touches no memory of the program but `buffer`.
-pub unsafe trait PortIo: Clone + Send + 'static {
+pub unsafe trait PortIo: Send + 'static {
     /// Reads 8 bits.
     fn read_u8(&self, port: u16) -> u8;
     /// Reads 16 bits.
@@ -207,11 +261,28 @@ pub unsafe trait PortIo: Clone + Send + 'static {
     /// Reads 32 bits.
     fn read_u32(&self, port: u16) -> u32;
     /// Writes 8 bits.
-    fn write_u8(&self, port: u16, value: u8);
+    ///
+    /// # Safety
+    /// As for [`Registers::write_u8`]: ports, too, tell devices addresses.
+    unsafe fn write_u8(&self, port: u16, value: u8);
     /// Writes 16 bits.
-    fn write_u16(&self, port: u16, value: u16);
+    ///
+    /// # Safety
+    /// As for [`write_u8`](PortIo::write_u8).
+    unsafe fn write_u16(&self, port: u16, value: u16);
     /// Writes 32 bits.
-    fn write_u32(&self, port: u16, value: u32);
+    ///
+    /// # Safety
+    /// As for [`write_u8`](PortIo::write_u8).
+    unsafe fn write_u32(&self, port: u16, value: u32);
+    /// A second handle to the same ports.
+    ///
+    /// # Safety
+    /// The two are used for different ports, or by one driver at a time.
+    #[must_use]
+    unsafe fn alias(&self) -> Self
+    where
+        Self: Sized;
     /// Fills `words` with 16-bit reads of the same port (`rep insw`).
     ///
     /// # Safety
@@ -220,7 +291,7 @@ pub unsafe trait PortIo: Clone + Send + 'static {
     /// Writes `words` to the same port with 16-bit writes (`rep outsw`).
     ///
     /// # Safety
-    /// `words` may be read.
+    /// `words` may be read, and is data for a device, not a command.
     unsafe fn write_words(&self, port: u16, words: NonNull<[u16]>);
 }
 
@@ -231,22 +302,29 @@ pub use x86_64::CpuPorts;
 mod x86_64 {
     use super::{NonNull, PortIo};
     use core::arch::asm;
+    use core::cell::Cell;
+    use core::marker::PhantomData;
 
     /// The processor's own port instructions.
-    #[derive(Debug, Clone)]
-    pub struct CpuPorts(());
+    ///
+    /// An access to PCI configuration space takes two of them, so the value can
+    /// move to another thread, but not be shared by two.
+    #[derive(Debug)]
+    pub struct CpuPorts(PhantomData<Cell<()>>);
 
     impl CpuPorts {
         /// Access to all ports.
         ///
         /// # Safety
         /// The program may execute `in` and `out` (CPL 0, IOPL, or the task
-        /// state segment's bitmap), and drivers made from this value own the
-        /// ports that they use, one driver at a time: a second one on the
-        /// channel of a disk would point its bus master to other memory.
+        /// state segment's bitmap), and the driver that gets this value owns
+        /// the ports that it uses: a second one on the channel of a disk would
+        /// point its bus master to other memory. The devices do not use memory
+        /// that they were told about earlier, by firmware say, unless nobody
+        /// else does.
         #[must_use]
         pub const unsafe fn new() -> Self {
-            Self(())
+            Self(PhantomData)
         }
     }
 
@@ -281,21 +359,21 @@ mod x86_64 {
             value
         }
         #[inline]
-        fn write_u8(&self, port: u16, value: u8) {
+        unsafe fn write_u8(&self, port: u16, value: u8) {
             // SAFETY: whoever called `new` may use ports.
             unsafe {
                 asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags));
             }
         }
         #[inline]
-        fn write_u16(&self, port: u16, value: u16) {
+        unsafe fn write_u16(&self, port: u16, value: u16) {
             // SAFETY: whoever called `new` may use ports.
             unsafe {
                 asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags));
             }
         }
         #[inline]
-        fn write_u32(&self, port: u16, value: u32) {
+        unsafe fn write_u32(&self, port: u16, value: u32) {
             // SAFETY: whoever called `new` may use ports.
             unsafe {
                 asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags));
@@ -328,6 +406,9 @@ mod x86_64 {
                     options(nostack, preserves_flags)
                 );
             }
+        }
+        unsafe fn alias(&self) -> Self {
+            Self(PhantomData)
         }
     }
 }

@@ -41,7 +41,6 @@ pub(crate) fn counts() -> Counts {
 }
 
 /// Registers of a device.
-#[derive(Clone)]
 pub(crate) struct CountingRegisters {
     registers: MmioRegisters,
     /// A register that only rings, whose writes the driver counts.
@@ -86,23 +85,40 @@ unsafe impl Registers for CountingRegisters {
         MMIO_READS.add(1);
         self.registers.read_u32(offset)
     }
-    fn write_u8(&self, offset: usize, value: u8) {
+    unsafe fn write_u8(&self, offset: usize, value: u8) {
         self.count_write(offset);
-        self.registers.write_u8(offset, value);
+        // SAFETY: passed on.
+        unsafe { self.registers.write_u8(offset, value) };
     }
-    fn write_u16(&self, offset: usize, value: u16) {
+    unsafe fn write_u16(&self, offset: usize, value: u16) {
         self.count_write(offset);
-        self.registers.write_u16(offset, value);
+        // SAFETY: passed on.
+        unsafe { self.registers.write_u16(offset, value) };
     }
-    fn write_u32(&self, offset: usize, value: u32) {
+    unsafe fn write_u32(&self, offset: usize, value: u32) {
         self.count_write(offset);
-        self.registers.write_u32(offset, value);
+        // SAFETY: passed on.
+        unsafe { self.registers.write_u32(offset, value) };
+    }
+    unsafe fn alias(&self) -> Self {
+        Self {
+            // SAFETY: passed on.
+            registers: unsafe { self.registers.alias() },
+            doorbell: self.doorbell,
+        }
     }
 }
 
 /// The ports, counted.
-#[derive(Clone)]
 pub(crate) struct CountingPorts(CpuPorts);
+
+impl Clone for CountingPorts {
+    fn clone(&self) -> Self {
+        // SAFETY: this program has one thread, and one driver at a time uses
+        // the ports of a device.
+        Self(unsafe { self.0.alias() })
+    }
+}
 
 /// The ports of this machine.
 pub(crate) fn ports() -> CountingPorts {
@@ -123,17 +139,20 @@ unsafe impl PortIo for CountingPorts {
         PORT_READS.add(1);
         self.0.read_u32(port)
     }
-    fn write_u8(&self, port: u16, value: u8) {
+    unsafe fn write_u8(&self, port: u16, value: u8) {
         PORT_WRITES.add(1);
-        self.0.write_u8(port, value);
+        // SAFETY: passed on.
+        unsafe { self.0.write_u8(port, value) };
     }
-    fn write_u16(&self, port: u16, value: u16) {
+    unsafe fn write_u16(&self, port: u16, value: u16) {
         PORT_WRITES.add(1);
-        self.0.write_u16(port, value);
+        // SAFETY: passed on.
+        unsafe { self.0.write_u16(port, value) };
     }
-    fn write_u32(&self, port: u16, value: u32) {
+    unsafe fn write_u32(&self, port: u16, value: u32) {
         PORT_WRITES.add(1);
-        self.0.write_u32(port, value);
+        // SAFETY: passed on.
+        unsafe { self.0.write_u32(port, value) };
     }
     unsafe fn read_words(&self, port: u16, words: NonNull<[u16]>) {
         PORT_READS.add((2 * words.len()).div_ceil(STRING_BYTES));
@@ -144,5 +163,8 @@ unsafe impl PortIo for CountingPorts {
         PORT_WRITES.add(words.len());
         // SAFETY: passed on.
         unsafe { self.0.write_words(port, words) };
+    }
+    unsafe fn alias(&self) -> Self {
+        self.clone()
     }
 }

@@ -40,7 +40,8 @@ impl fmt::Write for Console {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let ports = cpu_ports();
         for byte in text.bytes() {
-            ports.write_u8(COM1, byte);
+            // SAFETY: the serial port prints, and does nothing else.
+            unsafe { ports.write_u8(COM1, byte) };
         }
         Ok(())
     }
@@ -48,7 +49,8 @@ impl fmt::Write for Console {
 
 /// Ends the machine.
 pub(crate) fn exit(code: u8) -> ! {
-    cpu_ports().write_u8(DEBUG_EXIT, code);
+    // SAFETY: the port ends the machine.
+    unsafe { cpu_ports().write_u8(DEBUG_EXIT, code) };
     loop {
         core::hint::spin_loop();
     }

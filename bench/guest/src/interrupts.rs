@@ -39,7 +39,8 @@ pub(crate) unsafe fn set_up() -> Interrupts {
         // this module uses the window.
         unsafe { MmioRegisters::new(NonNull::new_unchecked(base), 4096) }
     };
-    window(LOCAL_APIC).write_u32(SPURIOUS, 0x1ff);
+    // SAFETY: switches the local APIC on, whose interrupts `boot.s` handles.
+    unsafe { window(LOCAL_APIC).write_u32(SPURIOUS, 0x1ff) };
     Interrupts {
         io_apic: window(IO_APIC),
     }
@@ -63,8 +64,11 @@ impl Interrupts {
         }
         let vector = FIRST_VECTOR + pin as u8;
         let write = |register: u32, value: u32| {
-            self.io_apic.write_u32(IO_APIC_SELECT, register);
-            self.io_apic.write_u32(IO_APIC_WINDOW, value);
+            // SAFETY: routes a pin to a vector that `boot.s` handles.
+            unsafe {
+                self.io_apic.write_u32(IO_APIC_SELECT, register);
+                self.io_apic.write_u32(IO_APIC_WINDOW, value);
+            }
         };
         // Destination CPU 0; fixed, active high, edge.
         write(REDIRECTION + 2 * pin + 1, 0);

@@ -68,7 +68,8 @@ pub(crate) fn open(
     // uncached, and nobody else uses it but for resets and doorbells.
     let transport =
         unsafe { MmioTransport::new(base.cast(), bytes) }.map_err(|error| error.to_string())?;
-    let ring_again = move || registers.write_u32(QUEUE_NOTIFY, 0);
+    // SAFETY: a doorbell tells the device no address.
+    let ring_again = move || unsafe { registers.write_u32(QUEUE_NOTIFY, 0) };
     PeerQueue::open(transport, allow, ring_again)
         .map_err(|error| format!("virtio-drivers: {error}"))
 }

@@ -5,14 +5,15 @@ use crate::interrupts::{Interrupts, Line};
 use alloc::format;
 use alloc::string::{String, ToString};
 use core::ptr::NonNull;
-use pvkit_guest::pci::{MemoryBar, MemoryPool, Msix, MsixError, PciConfig};
+use pvkit_guest::pci::{MemoryBar, MemoryPool, MsiMessage, Msix, MsixError, PciConfig};
 use pvkit_guest::virtio::transport::PciTransport;
 use pvkit_protocol::pci::{Bdf, Command, header, i440fx};
 use pvkit_protocol::virtio::pci;
 
 /// Addresses for windows that firmware left without: mapped uncached by
 /// `boot.s`, behind virtio-mmio, and before what firmware takes.
-pub(crate) const FREE: MemoryPool = MemoryPool::new(0xd800_0000, 0xdfff_ffff);
+// SAFETY: neither memory nor devices are there.
+pub(crate) const FREE: MemoryPool = unsafe { MemoryPool::new(0xd800_0000, 0xdfff_ffff) };
 /// Where the uncached part of the address space begins.
 const DEVICES_START: u64 = 0xc000_0000;
 /// Where it ends.
@@ -53,7 +54,8 @@ pub(crate) fn pin_of(config: &PciConfig<CountingPorts>, place: Bdf) -> u8 {
     };
     if let Some(bridge) = config.find(i440fx::VENDOR, i440fx::ISA_BRIDGE) {
         let routes = u32::from_le_bytes([line & 0xf; 4]);
-        config.write_u32(bridge.place, i440fx::PIRQ_ROUTE, routes);
+        // SAFETY: routes pins to a line that has a handler.
+        unsafe { config.write_u32(bridge.place, i440fx::PIRQ_ROUTE, routes) };
     }
     line
 }
@@ -88,8 +90,10 @@ pub(crate) fn open(
         });
     }
     match Msix::enable(&config, place, free, map) {
-        Ok(msix) => {
-            msix.set(QUEUE_VECTOR, message.address, message.data)
+        Ok(mut msix) => {
+            // SAFETY: an interrupt of this CPU, which has a handler.
+            let message = unsafe { MsiMessage::new(message.address, message.data) };
+            msix.set(QUEUE_VECTOR, message)
                 .map_err(|error| error.to_string())?;
             Ok(Found {
                 transport: transport.with_msix(&msix),

@@ -207,12 +207,31 @@ unsafe impl DmaSpace for PlatformSpace {
 #[derive(Debug, Clone)]
 pub struct PlatformRegisters<R>(pub R);
 
-/// Passes one access on.
-macro_rules! pass {
-    ($($name:ident($($value:ident: $type:ty)?) $(-> $result:ty)?;)*) => {
+impl<R: Registers> PlatformRegisters<R> {
+    /// Rings the doorbell of a queue.
+    pub fn notify(&self, queue: u32) {
+        // SAFETY: a doorbell tells the device no address.
+        platform_side(|| unsafe { self.0.write_u32(mmio::QUEUE_NOTIFY, queue) });
+    }
+}
+
+/// Passes one read on.
+macro_rules! pass_read {
+    ($($name:ident() -> $result:ty;)*) => {
         $(#[inline]
-        fn $name(&self, offset: usize $(, $value: $type)?) $(-> $result)? {
-            platform_side(|| self.0.$name(offset $(, $value)?))
+        fn $name(&self, offset: usize) -> $result {
+            platform_side(|| self.0.$name(offset))
+        })*
+    };
+}
+
+/// Passes one write on.
+macro_rules! pass_write {
+    ($($name:ident(value: $type:ty);)*) => {
+        $(#[inline]
+        unsafe fn $name(&self, offset: usize, value: $type) {
+            // SAFETY: passed on.
+            platform_side(|| unsafe { self.0.$name(offset, value) })
         })*
     };
 }
@@ -222,10 +241,16 @@ unsafe impl<R: Registers> Registers for PlatformRegisters<R> {
     fn len(&self) -> usize {
         self.0.len()
     }
-    pass! {
+    unsafe fn alias(&self) -> Self {
+        // SAFETY: passed on.
+        Self(unsafe { self.0.alias() })
+    }
+    pass_read! {
         read_u8() -> u8;
         read_u16() -> u16;
         read_u32() -> u32;
+    }
+    pass_write! {
         write_u8(value: u8);
         write_u16(value: u16);
         write_u32(value: u32);
@@ -238,9 +263,16 @@ unsafe impl<R: Registers> Registers for PlatformRegisters<R> {
 pub struct MmioOverRegisters<R>(pub R);
 
 impl<R: Registers> MmioOverRegisters<R> {
+    #[inline]
+    fn write(&self, offset: usize, value: u32) {
+        // SAFETY: the driver of `virtio-drivers` writes only addresses that
+        // its `Hal` gave it.
+        unsafe { self.0.write_u32(offset, value) };
+    }
+
     fn write_pair(&self, low: usize, high: usize, value: u64) {
-        self.0.write_u32(low, value as u32);
-        self.0.write_u32(high, (value >> 32) as u32);
+        self.write(low, value as u32);
+        self.write(high, (value >> 32) as u32);
     }
 }
 
@@ -251,31 +283,31 @@ impl<R: Registers> Transport for MmioOverRegisters<R> {
     }
     fn read_device_features(&mut self) -> u64 {
         let half = |index: u32| {
-            self.0.write_u32(mmio::DEVICE_FEATURES_SEL, index);
+            self.write(mmio::DEVICE_FEATURES_SEL, index);
             u64::from(self.0.read_u32(mmio::DEVICE_FEATURES))
         };
         half(0) | half(1) << 32
     }
     fn write_driver_features(&mut self, features: u64) {
         for index in 0..2 {
-            self.0.write_u32(mmio::DRIVER_FEATURES_SEL, index);
+            self.write(mmio::DRIVER_FEATURES_SEL, index);
             let half = (features >> (32 * index)) as u32;
-            self.0.write_u32(mmio::DRIVER_FEATURES, half);
+            self.write(mmio::DRIVER_FEATURES, half);
         }
     }
     fn max_queue_size(&mut self, queue: u16) -> u32 {
-        self.0.write_u32(mmio::QUEUE_SEL, u32::from(queue));
+        self.write(mmio::QUEUE_SEL, u32::from(queue));
         self.0.read_u32(mmio::QUEUE_SIZE_MAX)
     }
     #[inline]
     fn notify(&mut self, queue: u16) {
-        self.0.write_u32(mmio::QUEUE_NOTIFY, u32::from(queue));
+        self.write(mmio::QUEUE_NOTIFY, u32::from(queue));
     }
     fn get_status(&self) -> DeviceStatus {
         DeviceStatus::from_bits_retain(self.0.read_u32(mmio::STATUS))
     }
     fn set_status(&mut self, status: DeviceStatus) {
-        self.0.write_u32(mmio::STATUS, status.bits());
+        self.write(mmio::STATUS, status.bits());
     }
     fn set_guest_page_size(&mut self, _bytes: u32) {}
     fn requires_legacy_layout(&self) -> bool {
@@ -289,28 +321,28 @@ impl<R: Registers> Transport for MmioOverRegisters<R> {
         driver_area: PhysAddr,
         device_area: PhysAddr,
     ) {
-        self.0.write_u32(mmio::QUEUE_SEL, u32::from(queue));
-        self.0.write_u32(mmio::QUEUE_SIZE, size);
+        self.write(mmio::QUEUE_SEL, u32::from(queue));
+        self.write(mmio::QUEUE_SIZE, size);
         self.write_pair(mmio::QUEUE_DESC_LOW, mmio::QUEUE_DESC_HIGH, descriptors);
         self.write_pair(mmio::QUEUE_DRIVER_LOW, mmio::QUEUE_DRIVER_HIGH, driver_area);
         self.write_pair(mmio::QUEUE_DEVICE_LOW, mmio::QUEUE_DEVICE_HIGH, device_area);
-        self.0.write_u32(mmio::QUEUE_READY, 1);
+        self.write(mmio::QUEUE_READY, 1);
     }
     fn queue_unset(&mut self, queue: u16) {
-        self.0.write_u32(mmio::QUEUE_SEL, u32::from(queue));
-        self.0.write_u32(mmio::QUEUE_READY, 0);
+        self.write(mmio::QUEUE_SEL, u32::from(queue));
+        self.write(mmio::QUEUE_READY, 0);
         while self.0.read_u32(mmio::QUEUE_READY) != 0 {
             spin_loop();
         }
     }
     fn queue_used(&mut self, queue: u16) -> bool {
-        self.0.write_u32(mmio::QUEUE_SEL, u32::from(queue));
+        self.write(mmio::QUEUE_SEL, u32::from(queue));
         self.0.read_u32(mmio::QUEUE_READY) != 0
     }
     fn ack_interrupt(&mut self) -> InterruptStatus {
         let status = self.0.read_u32(mmio::INTERRUPT_STATUS);
         if status != 0 {
-            self.0.write_u32(mmio::INTERRUPT_ACK, status);
+            self.write(mmio::INTERRUPT_ACK, status);
         }
         InterruptStatus::from_bits_truncate(status)
     }

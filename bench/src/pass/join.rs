@@ -9,7 +9,6 @@ use pvkit_guest::dma::DmaBufMut;
 use pvkit_guest::dma::DmaSpace;
 use pvkit_guest::emulated::ata::{self, Ata, AtaOptions, Mode};
 use pvkit_guest::fault::Fault;
-use pvkit_guest::register::Registers;
 use pvkit_guest::virtio::block::{Block, BlockOptions, QueueOf};
 use pvkit_guest::virtio::transport::{MmioTransport, Transport};
 use pvkit_host::disk::MemoryDisk;
@@ -25,7 +24,6 @@ use pvkit_peer::PeerQueue;
 use pvkit_peer::join::{ArenaHal, MmioOverRegisters, PlatformRegisters, PlatformSpace};
 use pvkit_peer::sides::driver_side;
 use pvkit_protocol::virtio::Features;
-use pvkit_protocol::virtio::mmio::QUEUE_NOTIFY;
 use pvkit_workload::report::{JobReport, Sample};
 use pvkit_workload::run::{Counts, Machine, Outcome, RunError, Target, run as run_job};
 use pvkit_workload::script::{Completion, Job, Mark};
@@ -155,7 +153,7 @@ pub(crate) fn run_virtio_drivers(
     let mut resets = MmioTransport::new(registers.clone())?;
     let allow = Features::from_bits_retain(job.allow_features.get());
     // Nothing is lost here: device and driver take turns.
-    let ring_again = move || registers.write_u32(QUEUE_NOTIFY, 0);
+    let ring_again = move || registers.notify(0);
     let queue = PeerQueue::<_, ArenaHal, _, _>::open(transport, allow, ring_again)
         .context("virtio-drivers")?;
     let features = queue.features();

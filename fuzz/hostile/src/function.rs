@@ -1,7 +1,7 @@
 //! A function that lies: configuration space with whatever bytes a test likes,
 //! and registers that fail the test if they are accessed where they are not.
 
-use pvkit_guest::pci::{ConfigAccess, Function, MemoryPool, Msix, MsixError, PciConfig};
+use pvkit_guest::pci::{ConfigAccess, Function, Msix, MsixError, PciConfig};
 use pvkit_guest::register::Registers;
 use pvkit_guest::virtio::transport::{PciTransport, PciTransportError};
 use pvkit_protocol::pci::{Bdf, Status, capability, header};
@@ -102,7 +102,7 @@ impl LyingFunction {
     /// # Errors
     /// What the driver says about the lies.
     pub fn transport(&self) -> Result<PciTransport<Wall>, PciTransportError> {
-        let mut free = MemoryPool::new(0xe000_0000, 0xe0ff_ffff);
+        let mut free = pvkit_join::pci::FREE_MEMORY;
         PciTransport::new(&self.config(), &self.function(), &mut free, |bar| {
             Some(Wall::new(bar.size as usize))
         })
@@ -112,7 +112,7 @@ impl LyingFunction {
     /// # Errors
     /// What the driver says about the lies.
     pub fn msix(&self) -> Result<Msix<Wall>, MsixError> {
-        let mut free = MemoryPool::new(0xe000_0000, 0xe0ff_ffff);
+        let mut free = pvkit_join::pci::FREE_MEMORY;
         Msix::enable(&self.config(), PLACE, &mut free, |bar| {
             Some(Wall::new(bar.size as usize))
         })
@@ -142,7 +142,7 @@ impl ConfigAccess for LyingFunction {
         assert_eq!(offset % 4, 0, "aligned");
         u32::from_le_bytes([0, 1, 2, 3].map(|i| self.load_u8(place, offset + i)))
     }
-    fn store_u8(&self, place: Bdf, offset: u8, value: u8) {
+    unsafe fn store_u8(&self, place: Bdf, offset: u8, value: u8) {
         let mut space = lock(&self.0);
         space.accesses += 1;
         let at = usize::from(offset);
@@ -151,16 +151,18 @@ impl ConfigAccess for LyingFunction {
             space.bytes[at] = space.bytes[at] & !mask | value & mask;
         }
     }
-    fn store_u16(&self, place: Bdf, offset: u8, value: u16) {
+    unsafe fn store_u16(&self, place: Bdf, offset: u8, value: u16) {
         assert_eq!(offset % 2, 0, "aligned");
         for (byte, at) in value.to_le_bytes().into_iter().zip(offset..) {
-            self.store_u8(place, at, byte);
+            // SAFETY: passed on.
+            unsafe { self.store_u8(place, at, byte) };
         }
     }
-    fn store_u32(&self, place: Bdf, offset: u8, value: u32) {
+    unsafe fn store_u32(&self, place: Bdf, offset: u8, value: u32) {
         assert_eq!(offset % 4, 0, "aligned");
         for (byte, at) in value.to_le_bytes().into_iter().zip(usize::from(offset)..) {
-            self.store_u8(place, at as u8, byte);
+            // SAFETY: passed on.
+            unsafe { self.store_u8(place, at as u8, byte) };
         }
     }
 }
@@ -224,16 +226,19 @@ unsafe impl Registers for Wall {
     fn read_u32(&self, offset: usize) -> u32 {
         self.read(offset, 4)
     }
-    fn write_u8(&self, offset: usize, value: u8) {
+    unsafe fn write_u8(&self, offset: usize, value: u8) {
         self.write(offset, 1, value.into());
     }
-    fn write_u16(&self, offset: usize, value: u16) {
+    unsafe fn write_u16(&self, offset: usize, value: u16) {
         // A doorbell that lies nowhere does nothing.
         if offset != usize::MAX {
             self.write(offset, 2, value.into());
         }
     }
-    fn write_u32(&self, offset: usize, value: u32) {
+    unsafe fn write_u32(&self, offset: usize, value: u32) {
         self.write(offset, 4, value);
+    }
+    unsafe fn alias(&self) -> Self {
+        self.clone()
     }
 }

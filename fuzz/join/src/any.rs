@@ -136,7 +136,7 @@ unsafe impl<R: Registers> Transport for AnyTransport<R> {
             }
         }
     }
-    fn doorbell(&self, queue: u16) -> AnyDoorbell<R> {
+    fn doorbell(&mut self, queue: u16) -> AnyDoorbell<R> {
         match self {
             Self::Mmio(transport) => AnyDoorbell::Mmio(transport.doorbell(queue)),
             Self::Pci { transport, .. } => AnyDoorbell::Pci(transport.doorbell(queue)),

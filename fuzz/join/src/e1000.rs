@@ -143,7 +143,7 @@ impl E1000Join {
     pub fn attach<R>(&self, map: impl FnOnce(MemoryBar) -> R) -> R {
         let config = self.config();
         let function = find(&config).expect("a card");
-        let registers = attach(&config, &function, &mut FREE_MEMORY.clone(), |bar| {
+        let registers = attach(&config, &function, &mut { FREE_MEMORY }, |bar| {
             Some(map(bar))
         });
         registers.expect("a card that can be used")

@@ -12,7 +12,7 @@ use pvkit_host::worker::{Progress, SignalCounter, Worker};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Ports for functions that firmware would have assigned.
-pub const FREE_PORTS: PortPool = PortPool::new(0xc000, 0xcfff);
+pub const FREE_PORTS: PortPool = crate::unchecked::port_pool(0xc000, 0xcfff);
 
 /// Pin interrupts end nowhere: no function here has a pin.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl IdeJoin {
     /// If they are not found.
     #[must_use]
     pub fn channels(&self) -> [Channel; 2] {
-        find_controller(&self.pci(), &mut FREE_PORTS.clone())
+        find_controller(&self.pci(), &mut { FREE_PORTS })
             .expect("a usable controller")
             .expect("a controller")
     }

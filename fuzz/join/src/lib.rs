@@ -20,6 +20,7 @@
 //! - [`mod@conformance`] runs the same tests on every way in which both can come
 //!   together.
 //! - [`packets`] makes TCP and UDP packets, and checks what comes of them.
+//! - [`unchecked`] is what only a kernel may do in a machine.
 //! - [`disk`] is a disk that holds requests back until it is told to go on.
 #![deny(unsafe_code)]
 
@@ -38,6 +39,8 @@ pub mod pci;
 #[allow(unsafe_code)]
 pub mod port;
 pub mod stepped;
+#[allow(unsafe_code)]
+pub mod unchecked;
 #[allow(unsafe_code)]
 pub mod wire;
 

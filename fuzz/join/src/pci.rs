@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::port::PortWire;
+use crate::unchecked::{memory_pool, message};
 use crate::wire::{Window, Wire};
 use pvkit_guest::pci::{Function, MemoryBar, MemoryPool, Msix, PciConfig};
 use pvkit_guest::virtio::transport::PciTransport as GuestTransport;
@@ -20,7 +21,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Addresses for windows that firmware would have assigned.
-pub const FREE_MEMORY: MemoryPool = MemoryPool::new(0xe000_0000, 0xefff_ffff);
+pub const FREE_MEMORY: MemoryPool = memory_pool(0xe000_0000, 0xefff_ffff);
 /// Where the device stands.
 pub const PLACE: Bdf = Bdf::new(4, 0);
 /// The address that [`data`] is sent to.
@@ -274,9 +275,9 @@ impl VirtioPci {
     pub fn msix(&self, free: &mut MemoryPool) -> Msix<AnyWire> {
         let place = self.found().place;
         let msix = Msix::enable(&self.config(), place, free, |bar| Some(self.map(bar)));
-        let msix = msix.expect("vectors");
+        let mut msix = msix.expect("vectors");
         for vector in 0..msix.vectors() {
-            msix.set(vector, MESSAGE_ADDRESS, data(vector))
+            msix.set(vector, message(MESSAGE_ADDRESS, data(vector)))
                 .expect("a vector");
         }
         msix

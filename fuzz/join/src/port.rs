@@ -149,6 +149,22 @@ impl PortWire {
             }
         }
     }
+
+    /// Writes 8 bits, as nobody but a test would: the devices reach the
+    /// memory of the test only.
+    pub fn write_u8(&self, port: u16, value: u8) {
+        self.write(port, &value.to_le_bytes());
+    }
+    /// Writes 16 bits, as nobody but a test would: the devices reach the
+    /// memory of the test only.
+    pub fn write_u16(&self, port: u16, value: u16) {
+        self.write(port, &value.to_le_bytes());
+    }
+    /// Writes 32 bits, as nobody but a test would: the devices reach the
+    /// memory of the test only.
+    pub fn write_u32(&self, port: u16, value: u32) {
+        self.write(port, &value.to_le_bytes());
+    }
 }
 
 // SAFETY: each call is the accesses that its name says, one after the other;
@@ -169,14 +185,17 @@ unsafe impl PortIo for PortWire {
         self.read(port, &mut data);
         u32::from_le_bytes(data)
     }
-    fn write_u8(&self, port: u16, value: u8) {
-        self.write(port, &value.to_le_bytes());
+    unsafe fn write_u8(&self, port: u16, value: u8) {
+        Self::write_u8(self, port, value);
     }
-    fn write_u16(&self, port: u16, value: u16) {
-        self.write(port, &value.to_le_bytes());
+    unsafe fn write_u16(&self, port: u16, value: u16) {
+        Self::write_u16(self, port, value);
     }
-    fn write_u32(&self, port: u16, value: u32) {
-        self.write(port, &value.to_le_bytes());
+    unsafe fn write_u32(&self, port: u16, value: u32) {
+        Self::write_u32(self, port, value);
+    }
+    unsafe fn alias(&self) -> Self {
+        self.clone()
     }
     unsafe fn read_words(&self, port: u16, words: NonNull<[u16]>) {
         let mut data = vec![0; 2 * words.len()];

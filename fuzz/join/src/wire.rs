@@ -130,6 +130,22 @@ impl<D: Window> Wire<D> {
         counter.fetch_add(1, Ordering::Relaxed);
         device.write(offset as u64, data);
     }
+
+    /// Writes 8 bits, as nobody but a test would: the device reaches the
+    /// memory of the test only.
+    pub fn write_u8(&self, offset: usize, value: u8) {
+        self.write(offset, &value.to_le_bytes());
+    }
+    /// Writes 16 bits, as nobody but a test would: the device reaches the
+    /// memory of the test only.
+    pub fn write_u16(&self, offset: usize, value: u16) {
+        self.write(offset, &value.to_le_bytes());
+    }
+    /// Writes 32 bits, as nobody but a test would: the device reaches the
+    /// memory of the test only.
+    pub fn write_u32(&self, offset: usize, value: u32) {
+        self.write(offset, &value.to_le_bytes());
+    }
 }
 
 // SAFETY: each call is one access to the device, under its lock; the lock also
@@ -147,13 +163,16 @@ unsafe impl<D: Window + 'static> Registers for Wire<D> {
     fn read_u32(&self, offset: usize) -> u32 {
         u32::from_le_bytes(self.read(offset))
     }
-    fn write_u8(&self, offset: usize, value: u8) {
-        self.write(offset, &value.to_le_bytes());
+    unsafe fn write_u8(&self, offset: usize, value: u8) {
+        Self::write_u8(self, offset, value);
     }
-    fn write_u16(&self, offset: usize, value: u16) {
-        self.write(offset, &value.to_le_bytes());
+    unsafe fn write_u16(&self, offset: usize, value: u16) {
+        Self::write_u16(self, offset, value);
     }
-    fn write_u32(&self, offset: usize, value: u32) {
-        self.write(offset, &value.to_le_bytes());
+    unsafe fn write_u32(&self, offset: usize, value: u32) {
+        Self::write_u32(self, offset, value);
+    }
+    unsafe fn alias(&self) -> Self {
+        self.clone()
     }
 }

@@ -5,9 +5,9 @@ mod ata_common;
 
 use ata_common::raw::{IDE, MEMORY, READY, Region, new};
 use ata_common::{Gate, pattern};
-use pvkit_guest::register::PortIo;
 use pvkit_host::disk::{DiskError, DiskOp};
 use pvkit_join::arena::BASE;
+use pvkit_join::unchecked::Poke;
 use pvkit_protocol::emulated::ata::{BusMasterStatus as Bm, Control, Error, command, feature};
 use pvkit_protocol::pci::Command;
 use std::sync::Arc;
@@ -255,13 +255,13 @@ fn without_bus_mastering_no_memory_is_touched() {
     let mut machine = new(64);
     let pci = machine.join.pci();
     let command = pci.command(IDE);
-    pci.write_u16(IDE, 4, (command - Command::BUS_MASTER).bits());
+    pci.poke_u16(IDE, 4, (command - Command::BUS_MASTER).bits());
     machine.table(&[(MEMORY, 4096, true)]);
     machine.dma_read();
     assert_eq!(machine.bm_status(), Bm::INTERRUPT | Bm::ERROR);
     assert_eq!(machine.status().bits(), READY | 1);
     assert_eq!(machine.memory(MEMORY, 4096), [0; 4096]);
-    pci.write_u16(IDE, 4, command.bits());
+    pci.poke_u16(IDE, 4, command.bits());
     machine.assert_works();
 }
 
@@ -287,7 +287,7 @@ fn stopping_in_mid_transfer_takes_effect_when_the_disk_is_done() {
         machine.join.wire.write_u32(machine.master + 4, 0);
         let pci = machine.join.pci();
         let command = pci.command(IDE);
-        pci.write_u16(IDE, 4, Command::IO.bits());
+        pci.poke_u16(IDE, 4, Command::IO.bits());
         machine.set(7, command::IDENTIFY_DEVICE);
         machine.set(2, 0x77);
         assert_eq!(
@@ -305,7 +305,7 @@ fn stopping_in_mid_transfer_takes_effect_when_the_disk_is_done() {
         } else {
             assert_eq!(machine.status().bits(), READY | 1);
         }
-        pci.write_u16(IDE, 4, command.bits());
+        pci.poke_u16(IDE, 4, command.bits());
         machine.assert_works();
     }
 }

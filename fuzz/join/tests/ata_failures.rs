@@ -14,6 +14,7 @@ use pvkit_host::emulated::ata::{DriveOptions, Ide, IdeWorker, Which};
 use pvkit_host::executor::{Executor, ThreadOptions, Threads};
 use pvkit_host::worker::{Failure, LaneEvents, Progress, Worker};
 use pvkit_join::ide::IdeJoin;
+use pvkit_join::unchecked::Poke;
 use pvkit_protocol::pci::{Command, header};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -197,7 +198,7 @@ fn errors_of_the_bus_master_end_the_request_and_are_cleared() {
     let pci = pair.join.pci();
     let [primary, _] = pair.join.channels();
     let command = pci.command(Ide::PLACE);
-    pci.write_u16(
+    pci.poke_u16(
         Ide::PLACE,
         header::COMMAND,
         (command - Command::BUS_MASTER).bits(),

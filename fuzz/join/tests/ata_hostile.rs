@@ -6,10 +6,10 @@ use ata_common::{Driver, Gate, GateDisk, Liar, Random, WAYS, machine, open, opti
 use pvkit_guest::block::{BlockError, BlockOp, BlockQueue};
 use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Completion, Mode};
 use pvkit_guest::fault::Fault;
-use pvkit_guest::register::PortIo;
 use pvkit_host::disk::DiskError;
 use pvkit_join::arena::{ArenaSpace, BASE};
 use pvkit_join::ide::IdeJoin;
+use pvkit_join::unchecked::Poke;
 use pvkit_protocol::emulated::ata::command;
 use pvkit_protocol::pci::{Bdf, Command, header};
 use std::sync::Arc;
@@ -24,8 +24,8 @@ fn assert_works(join: &mut IdeJoin, disk: &GateDisk) {
     disk.set(Gate::Open);
     join.run();
     let pci = join.pci();
-    pci.write_u16(IDE, header::COMMAND, Command::IO.bits());
-    pci.write_u32(IDE, header::bar(4), 0);
+    pci.poke_u16(IDE, header::COMMAND, Command::IO.bits());
+    pci.poke_u32(IDE, header::bar(4), 0);
     let mut ata: Driver = open(join, options(Mode::Dma, Completion::Polled)).unwrap();
     ata.submit(BlockOp::Read { sector: 3 }, Some(vec![0; 8192]), 0)
         .unwrap();
@@ -148,7 +148,7 @@ fn nothing_that_a_guest_writes_breaks_the_controller() {
                 39 => {
                     let pci = join.pci();
                     pci.enable(IDE, Command::IO | Command::BUS_MASTER);
-                    pci.write_u32(IDE, header::bar(4), u32::from(master));
+                    pci.poke_u32(IDE, header::bar(4), u32::from(master));
                     let [primary, _] = join.channels();
                     assert_eq!(primary.bus_master, Some(master));
                 }

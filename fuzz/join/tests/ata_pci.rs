@@ -6,11 +6,12 @@ use ata_common::raw::{IDE, READY, new};
 use ata_common::{Driver, GateDisk, Liar, machine, pattern};
 use pvkit_guest::block::{BlockOp, BlockQueue};
 use pvkit_guest::emulated::ata::{Ata, AtaError, AtaOptions, Channel, find_controller};
-use pvkit_guest::pci::{PciConfig, PciError, PortBar, PortPool};
+use pvkit_guest::pci::{PciConfig, PciError, PortBar};
 use pvkit_guest::register::PortIo;
 use pvkit_host::pci::PciRoot;
 use pvkit_join::ide::{FREE_PORTS, IdeJoin};
 use pvkit_join::port::PortWire;
+use pvkit_join::unchecked::{Poke, port_pool};
 use pvkit_protocol::emulated::ata::{Control, PRIMARY, SECONDARY, piix3};
 use pvkit_protocol::pci::{Bdf, Command, class, header};
 use std::sync::Arc;
@@ -52,7 +53,7 @@ fn a_bar_is_sized_without_being_changed() {
         (0x0000_c101, 0xc100),
         (0x0000_fff1, 0xfff0),
     ] {
-        pci.write_u32(IDE, header::bar(BAR), value);
+        pci.poke_u32(IDE, header::bar(BAR), value);
         let command = pci.command(IDE);
         assert_eq!(pci.port_bar(IDE, BAR), Ok(PortBar { base, size: 16 }));
         assert_eq!(pci.read_u32(IDE, header::bar(BAR)), value);
@@ -97,7 +98,7 @@ fn nothing_is_decoded_while_a_bar_is_sized() {
 fn ports_are_assigned_where_firmware_has_not() {
     let join = empty();
     let pci = join.pci();
-    let mut free = PortPool::new(0xc001, 0xcfff);
+    let mut free = port_pool(0xc001, 0xcfff);
     let given = PortBar {
         base: 0xc010,
         size: 16,
@@ -120,7 +121,7 @@ fn ports_are_assigned_where_firmware_has_not() {
     assert!(command.contains(Command::IO | Command::BUS_MASTER));
 
     let join = empty();
-    let mut none = PortPool::new(0xc001, 0xc01e);
+    let mut none = port_pool(0xc001, 0xc01e);
     assert_eq!(
         join.pci().assign_ports(IDE, BAR, &mut none),
         Err(PciError::NoPorts(16))
@@ -135,7 +136,7 @@ fn the_registers_move_with_the_bar() {
     let [mut primary, _] = join.channels();
     let mut last = primary.bus_master.unwrap();
     for base in [0xd000u16, 0x0400, 0xfff0, 0xc000] {
-        pci.write_u32(IDE, header::bar(BAR), u32::from(base));
+        pci.poke_u32(IDE, header::bar(BAR), u32::from(base));
         if last != base {
             assert_eq!(join.wire.read_u32(last), u32::MAX, "nobody is at {last:#x}");
         }
@@ -162,7 +163,7 @@ fn a_bar_over_the_legacy_ports_does_not_take_them() {
     let join = machine(&disk);
     let _ = join.channels();
     join.pci()
-        .write_u32(IDE, header::bar(BAR), u32::from(PRIMARY.command));
+        .poke_u32(IDE, header::bar(BAR), u32::from(PRIMARY.command));
     assert_eq!(join.wire.read_u8(PRIMARY.command + 7), 0x50);
     assert_eq!(
         join.wire.read_u8(PRIMARY.command + 8),
@@ -181,7 +182,7 @@ fn without_a_controller_there_is_none() {
     let wire = PortWire::new(Vec::new(), Arc::new(PciRoot::new(Arc::new(Lines))));
     let pci = PciConfig::new(wire);
     assert_eq!(pci.functions().count(), 0);
-    assert_eq!(find_controller(&pci, &mut FREE_PORTS.clone()), Ok(None));
+    assert_eq!(find_controller(&pci, &mut { FREE_PORTS }), Ok(None));
 }
 
 #[test]
@@ -197,7 +198,7 @@ fn a_host_that_lies_about_its_configuration_space_is_caught() {
             wire.read(0xcf8, &mut address);
             lie(u32::from_le_bytes(address), truth)
         });
-        find_controller(&PciConfig::new(liar), &mut FREE_PORTS.clone())
+        find_controller(&PciConfig::new(liar), &mut { FREE_PORTS })
     };
     const FUNCTION: u32 = 0x8000_0900;
     const CLASS: u32 = FUNCTION + 8;
@@ -260,7 +261,7 @@ fn a_host_that_lies_about_its_configuration_space_is_caught() {
                 truth
             }
         });
-        let found = find_controller(&PciConfig::new(liar), &mut FREE_PORTS.clone());
+        let found = find_controller(&PciConfig::new(liar), &mut { FREE_PORTS });
         let error = match found {
             Err(AtaError::Pci(error)) => error,
             other => panic!("{expected}: {other:?}"),
@@ -291,7 +292,7 @@ fn a_bar_too_short_or_at_no_multiple_of_its_size_is_not_used() {
             sizing = !sizing;
             if sizing { value } else { ones }
         });
-        find_controller(&PciConfig::new(liar), &mut FREE_PORTS.clone())
+        find_controller(&PciConfig::new(liar), &mut { FREE_PORTS })
     };
     let masters = |value, ones| {
         let channels = find(value, ones).unwrap().unwrap();
@@ -317,11 +318,11 @@ fn a_bar_too_short_or_at_no_multiple_of_its_size_is_not_used() {
 fn configuration_ports_of_every_width_reach_the_function() {
     let join = empty();
     let pci = join.pci();
-    pci.write_u8(IDE, header::INTERRUPT_LINE, 14);
+    pci.poke_u8(IDE, header::INTERRUPT_LINE, 14);
     assert_eq!(pci.read_u8(IDE, header::INTERRUPT_LINE), 14);
     assert_eq!(pci.read_u8(IDE, header::INTERRUPT_PIN), 0, "no pin");
     assert_eq!(pci.read_u16(IDE, 0x40), 0, "no drive, so no decoding");
-    pci.write_u16(IDE, 0x40, 0xa307);
+    pci.poke_u16(IDE, 0x40, 0xa307);
     assert_eq!(pci.read_u32(IDE, 0x40), 0x0000_a307);
     // Mechanism 1 answers only for an enabled address of bus 0.
     join.wire.write_u32(0xcf8, 0x0000_0900);
@@ -338,16 +339,16 @@ fn ports_answer_only_while_they_are_decoded() {
         let (timing, command) = (pci.read_u16(IDE, piix3::IDETIM_PRIMARY), pci.command(IDE));
         machine.set(2, 0x33);
         if switch == 0 {
-            pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing & 0x7fff);
+            pci.poke_u16(IDE, piix3::IDETIM_PRIMARY, timing & 0x7fff);
         } else {
-            pci.write_u16(IDE, 4, (command - Command::IO).bits());
+            pci.poke_u16(IDE, 4, (command - Command::IO).bits());
         }
         assert_eq!((machine.get(7), machine.alternate()), (0xff, 0xff));
         machine.set(2, 0x44);
         machine.control(Control::SRST);
         machine.data(8);
-        pci.write_u16(IDE, piix3::IDETIM_PRIMARY, timing);
-        pci.write_u16(IDE, 4, command.bits());
+        pci.poke_u16(IDE, piix3::IDETIM_PRIMARY, timing);
+        pci.poke_u16(IDE, 4, command.bits());
         assert_eq!((machine.get(7), machine.get(2)), (READY, 0x33));
     }
 }

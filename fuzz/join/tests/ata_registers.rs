@@ -9,6 +9,7 @@ use pvkit_guest::register::PortIo;
 use pvkit_host::disk::{DiskError, DiskOp};
 use pvkit_host::emulated::ata::{DriveOptions, Which};
 use pvkit_join::ide::IdeJoin;
+use pvkit_join::unchecked::Poke;
 use pvkit_protocol::emulated::ata::{
     BusMasterStatus as Bm, Control, Error, Status, TaskFile, command, piix3,
 };
@@ -505,7 +506,7 @@ fn drive_1_and_absent_drives_are_silent() {
         0x8000,
         "switched on"
     );
-    pci.write_u16(IDE, piix3::IDETIM_SECONDARY, 0);
+    pci.poke_u16(IDE, piix3::IDETIM_SECONDARY, 0);
     silent();
     // Its bus-master registers are there all the same.
     wire.write_u32(machine.master + 12, 0x1234_5677);

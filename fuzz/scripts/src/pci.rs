@@ -13,7 +13,7 @@
 use super::{clean_arena, keep_arena, play};
 use arbitrary::{Arbitrary, Result, Unstructured};
 use pvkit_guest::block::{BlockOp, BlockQueue};
-use pvkit_guest::pci::{MemoryPool, Msix};
+use pvkit_guest::pci::Msix;
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_guest::virtio::transport::PciTransport;
 use pvkit_host::disk::MemoryDisk;
@@ -25,6 +25,7 @@ use pvkit_join::arena::Arena;
 use pvkit_join::disk::pattern;
 use pvkit_join::pci::{PLACE, VirtioPci};
 use pvkit_join::stepped::{Steps, stepped};
+use pvkit_join::unchecked::{Poke, memory_pool, message};
 use pvkit_protocol::pci::{capability, header};
 use pvkit_protocol::virtio::pci::common;
 use std::sync::Arc;
@@ -164,7 +165,7 @@ fn guest_writes(vectors: u8, arena: &Arena, bytes: &mut Unstructured<'_>) {
     assert_eq!(fixed(&pci), before, "what a guest cannot write");
     // What was left there would otherwise be where the driver looks.
     for bar in 0..header::BARS {
-        config.write_u32(PLACE, header::bar(bar), 0);
+        config.poke_u32(PLACE, header::bar(bar), 0);
     }
     use_it(&pci, &steps, arena);
 }
@@ -182,9 +183,9 @@ fn act(pci: &VirtioPci, steps: &Steps, action: Action) {
             width,
             value,
         } => match width % 3 {
-            0 => config.write_u8(PLACE, offset, value as u8),
-            1 => config.write_u16(PLACE, offset & !1, value as u16),
-            _ => config.write_u32(PLACE, offset & !3, value),
+            0 => config.poke_u8(PLACE, offset, value as u8),
+            1 => config.poke_u16(PLACE, offset & !1, value as u16),
+            _ => config.poke_u32(PLACE, offset & !3, value),
         },
         Action::ReadBar { bar, offset, width } => {
             let mut data = [0x5a; 16];
@@ -272,7 +273,7 @@ fn function_lies(arena: &Arena, script: &[u8]) {
         *wall.noise.lock().ok()? = noise.iter().copied().collect();
         Some(wall)
     };
-    let mut free = MemoryPool::new(0xc000_0000, u64::MAX);
+    let mut free = memory_pool(0xc000_0000, u64::MAX);
     let config = liar.config();
     let Some(function) = config.function(LIAR) else {
         return;
@@ -287,9 +288,9 @@ fn function_lies(arena: &Arena, script: &[u8]) {
         max_segments: 2,
         ..BlockOptions::default()
     };
-    if let Ok(msix) = msix {
+    if let Ok(mut msix) = msix {
         for vector in [0, msix.vectors() - 1] {
-            msix.set(vector, u64::MAX, 1).expect("a vector");
+            msix.set(vector, message(u64::MAX, 1)).expect("a vector");
         }
         transport = transport.with_msix(&msix);
         options.queue_vector = Some(0);

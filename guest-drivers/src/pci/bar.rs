@@ -1,6 +1,5 @@
 //! Base address registers: how large they are, where they decode, and places
 //! for those that firmware left without.
-#![forbid(unsafe_code)]
 
 use super::{ConfigAccess, PciConfig, PciError};
 use pvkit_protocol::pci::{
@@ -28,7 +27,7 @@ pub struct MemoryBar {
 }
 
 /// Ports that nobody uses, for functions that firmware left without.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct PortPool {
     next: u32,
     end: u32,
@@ -36,8 +35,11 @@ pub struct PortPool {
 
 impl PortPool {
     /// The ports from `first` to `last`.
+    ///
+    /// # Safety
+    /// No device decodes these ports, and none gets them otherwise.
     #[must_use]
-    pub const fn new(first: u16, last: u16) -> Self {
+    pub const unsafe fn new(first: u16, last: u16) -> Self {
         Self {
             next: first as u32,
             end: last as u32 + 1,
@@ -59,7 +61,7 @@ impl PortPool {
 }
 
 /// Addresses that nobody uses, for functions that firmware left without.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct MemoryPool {
     next: u64,
     last: u64,
@@ -68,8 +70,12 @@ pub struct MemoryPool {
 impl MemoryPool {
     /// The addresses from `first` to `last`, in bytes. A register of 32 bits
     /// needs some below 4 GiB.
+    ///
+    /// # Safety
+    /// Neither memory nor a device is at these addresses, and no device gets
+    /// them otherwise.
     #[must_use]
-    pub const fn new(first: u64, last: u64) -> Self {
+    pub const unsafe fn new(first: u64, last: u64) -> Self {
         Self { next: first, last }
     }
 
@@ -95,17 +101,17 @@ impl<A: ConfigAccess> PciConfig<A> {
     fn while_quiet<R>(&self, place: Bdf, probe: impl FnOnce() -> R) -> R {
         let command = self.command(place);
         let quiet = command - Command::IO - Command::MEMORY;
-        self.write_u16(place, header::COMMAND, quiet.bits());
+        self.set_u16(place, header::COMMAND, quiet.bits());
         let result = probe();
-        self.write_u16(place, header::COMMAND, command.bits());
+        self.set_u16(place, header::COMMAND, command.bits());
         result
     }
 
     /// What a register reads as when all bits were written. It is restored.
     fn ones(&self, place: Bdf, offset: u8, value: u32) -> u32 {
-        self.write_u32(place, offset, u32::MAX);
+        self.set_bar(place, offset, u32::MAX);
         let ones = self.read_u32(place, offset);
-        self.write_u32(place, offset, value);
+        self.set_bar(place, offset, value);
         ones
     }
 
@@ -155,7 +161,7 @@ impl<A: ConfigAccess> PciConfig<A> {
         }
         let base = free.take(found.size)?;
         let written = u32::from(base) | BAR_IO;
-        self.write_u32(place, header::bar(bar), written);
+        self.set_bar(place, header::bar(bar), written);
         let read = self.read_u32(place, header::bar(bar));
         if read != written {
             return Err(PciError::Stuck { bar, written, read });
@@ -239,7 +245,7 @@ impl<A: ConfigAccess> PciConfig<A> {
         let count = if found.is_64_bit { 2 } else { 1 };
         for (half, written) in halves.into_iter().take(count) {
             let offset = header::bar(bar) + half;
-            self.write_u32(place, offset, written);
+            self.set_bar(place, offset, written);
             let fixed = if half == 0 { !BAR_MEMORY_MASK } else { 0 };
             let read = self.read_u32(place, offset) & !fixed;
             if read != written {
@@ -254,37 +260,49 @@ impl<A: ConfigAccess> PciConfig<A> {
 mod tests {
     use super::*;
 
+    // No device gets what these hand out.
+    fn ports(first: u16, last: u16) -> PortPool {
+        PortPool {
+            next: first.into(),
+            end: u32::from(last) + 1,
+        }
+    }
+
+    fn memory(next: u64, last: u64) -> MemoryPool {
+        MemoryPool { next, last }
+    }
+
     #[test]
     fn pools_hand_out_aligned_ports_until_they_are_empty() {
-        let mut pool = PortPool::new(0xc004, 0xc01f);
+        let mut pool = ports(0xc004, 0xc01f);
         assert_eq!(pool.take(16), Ok(0xc010));
         assert_eq!(pool.take(4), Err(PciError::NoPorts(4)));
-        let mut pool = PortPool::new(0, 0xffff);
+        let mut pool = ports(0, 0xffff);
         assert_eq!(pool.take(4), Ok(4), "port 0 means unassigned");
         assert_eq!(pool.take(0x8000), Ok(0x8000));
         assert_eq!(pool.take(4), Err(PciError::NoPorts(4)));
-        let mut pool = PortPool::new(10, 5);
+        let mut pool = ports(10, 5);
         assert_eq!(pool.take(4), Err(PciError::NoPorts(4)));
     }
 
     #[test]
     fn pools_hand_out_aligned_memory_until_they_are_empty() {
         const LOW: u64 = u32::MAX as u64;
-        let mut pool = MemoryPool::new(0xe000_0010, 0xe000_3fff);
+        let mut pool = memory(0xe000_0010, 0xe000_3fff);
         assert_eq!(pool.take(0x1000, LOW), Ok(0xe000_1000));
         assert_eq!(pool.take(0x1000, LOW), Ok(0xe000_2000));
         assert_eq!(pool.take(0x2000, LOW), Err(PciError::NoMemory(0x2000)));
         assert_eq!(pool.take(0x1000, LOW), Ok(0xe000_3000));
         assert_eq!(pool.take(16, LOW), Err(PciError::NoMemory(16)));
-        let mut pool = MemoryPool::new(LOW - 0xfff, u64::MAX);
+        let mut pool = memory(LOW - 0xfff, u64::MAX);
         assert_eq!(pool.take(1 << 33, LOW), Err(PciError::NoMemory(1 << 33)));
         assert_eq!(pool.take(0x1000, LOW), Ok(0xffff_f000));
         assert_eq!(pool.take(0x1000, LOW), Err(PciError::NoMemory(0x1000)));
         assert_eq!(pool.take(1 << 63, u64::MAX), Ok(1 << 63));
         assert_eq!(pool.take(16, u64::MAX), Err(PciError::NoMemory(16)));
-        let mut pool = MemoryPool::new(0, 0xff);
+        let mut pool = memory(0, 0xff);
         assert_eq!(pool.take(0x80, LOW), Ok(0x80), "address 0 means unassigned");
-        let mut pool = MemoryPool::new(10, 5);
+        let mut pool = memory(10, 5);
         assert_eq!(pool.take(4, LOW), Err(PciError::NoMemory(4)));
     }
 }

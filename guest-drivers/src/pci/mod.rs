@@ -8,7 +8,7 @@
 //!
 //! Nothing that configuration space says is trusted: lists end, offsets are
 //! checked, and registers that do not keep what is written are reported.
-#![forbid(unsafe_code)]
+#![allow(unsafe_code)]
 
 mod bar;
 mod capability;
@@ -16,7 +16,7 @@ mod msix;
 
 pub use bar::{MemoryBar, MemoryPool, PortBar, PortPool};
 pub use capability::Capabilities;
-pub use msix::{Msix, MsixError};
+pub use msix::{MsiMessage, Msix, MsixError};
 
 use crate::register::PortIo;
 use pvkit_protocol::pci::{
@@ -103,17 +103,28 @@ pub trait ConfigAccess {
     /// Reads 32 bits; `offset` is a multiple of 4.
     fn load_u32(&self, place: Bdf, offset: u8) -> u32;
     /// Writes 8 bits.
-    fn store_u8(&self, place: Bdf, offset: u8, value: u8);
+    ///
+    /// # Safety
+    /// As for [`PciConfig::write_u8`].
+    unsafe fn store_u8(&self, place: Bdf, offset: u8, value: u8);
     /// Writes 16 bits; `offset` is a multiple of 2.
-    fn store_u16(&self, place: Bdf, offset: u8, value: u16);
+    ///
+    /// # Safety
+    /// As for [`PciConfig::write_u8`].
+    unsafe fn store_u16(&self, place: Bdf, offset: u8, value: u16);
     /// Writes 32 bits; `offset` is a multiple of 4.
-    fn store_u32(&self, place: Bdf, offset: u8, value: u32);
+    ///
+    /// # Safety
+    /// As for [`PciConfig::write_u8`].
+    unsafe fn store_u32(&self, place: Bdf, offset: u8, value: u32);
 }
 
 /// Selects a register by configuration mechanism 1; says at which port its
 /// byte `offset` is.
 fn select(ports: &impl PortIo, place: Bdf, offset: u8) -> u16 {
-    ports.write_u32(CONFIG_ADDRESS, place.config_address(offset));
+    // SAFETY: the port only selects what the data port means, and whoever has
+    // these ports has those of configuration space alone.
+    unsafe { ports.write_u32(CONFIG_ADDRESS, place.config_address(offset)) };
     CONFIG_DATA + u16::from(offset & 0b11)
 }
 
@@ -129,20 +140,23 @@ impl<P: PortIo> ConfigAccess for P {
     fn load_u32(&self, place: Bdf, offset: u8) -> u32 {
         self.read_u32(select(self, place, offset))
     }
-    fn store_u8(&self, place: Bdf, offset: u8, value: u8) {
-        self.write_u8(select(self, place, offset), value);
+    unsafe fn store_u8(&self, place: Bdf, offset: u8, value: u8) {
+        // SAFETY: passed on.
+        unsafe { self.write_u8(select(self, place, offset), value) };
     }
-    fn store_u16(&self, place: Bdf, offset: u8, value: u16) {
-        self.write_u16(select(self, place, offset), value);
+    unsafe fn store_u16(&self, place: Bdf, offset: u8, value: u16) {
+        // SAFETY: passed on.
+        unsafe { self.write_u16(select(self, place, offset), value) };
     }
-    fn store_u32(&self, place: Bdf, offset: u8, value: u32) {
-        self.write_u32(select(self, place, offset), value);
+    unsafe fn store_u32(&self, place: Bdf, offset: u8, value: u32) {
+        // SAFETY: passed on.
+        unsafe { self.write_u32(select(self, place, offset), value) };
     }
 }
 
 /// Configuration space. Only one user at a time may access it, if the access
 /// takes several steps.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct PciConfig<A> {
     access: A,
 }
@@ -172,18 +186,64 @@ impl<A: ConfigAccess> PciConfig<A> {
     }
 
     /// Writes 8 bits.
-    pub fn write_u8(&self, place: Bdf, offset: u8, value: u8) {
-        self.access.store_u8(place, offset, value);
+    ///
+    /// ```compile_fail,E0133
+    /// # use pvkit_guest::pci::{ConfigAccess, PciConfig};
+    /// # use pvkit_protocol::pci::Bdf;
+    /// fn elsewhere(config: &PciConfig<impl ConfigAccess>, place: Bdf) {
+    ///     config.write_u32(place, 0x10, 0x1000);
+    /// }
+    /// ```
+    ///
+    /// # Safety
+    /// The write moves no window over memory or registers that somebody uses,
+    /// and makes no device access memory that is not for it: base address
+    /// registers, messages (MSI, MSI-X), and registers of a vendor's own can do
+    /// that.
+    pub unsafe fn write_u8(&self, place: Bdf, offset: u8, value: u8) {
+        // SAFETY: passed on.
+        unsafe { self.access.store_u8(place, offset, value) };
     }
 
     /// Writes 16 bits; `offset` is a multiple of 2.
-    pub fn write_u16(&self, place: Bdf, offset: u8, value: u16) {
-        self.access.store_u16(place, offset, value);
+    ///
+    /// # Safety
+    /// As for [`write_u8`](PciConfig::write_u8).
+    pub unsafe fn write_u16(&self, place: Bdf, offset: u8, value: u16) {
+        // SAFETY: passed on.
+        unsafe { self.access.store_u16(place, offset, value) };
     }
 
     /// Writes 32 bits; `offset` is a multiple of 4.
-    pub fn write_u32(&self, place: Bdf, offset: u8, value: u32) {
-        self.access.store_u32(place, offset, value);
+    ///
+    /// # Safety
+    /// As for [`write_u8`](PciConfig::write_u8).
+    pub unsafe fn write_u32(&self, place: Bdf, offset: u8, value: u32) {
+        // SAFETY: passed on.
+        unsafe { self.access.store_u32(place, offset, value) };
+    }
+
+    /// Writes command or control bits, for a driver of this crate.
+    pub(crate) fn set_u16(&self, place: Bdf, offset: u8, value: u16) {
+        // SAFETY: such bits switch decoding, bus mastering and MSI-X. Windows
+        // lie where a pool or firmware put them, vectors are masked until
+        // `Msix::set`, and devices use no memory that somebody else does (see
+        // `CpuPorts::new`).
+        unsafe { self.write_u16(place, offset, value) };
+    }
+
+    /// Writes a base address register: all ones while the function decodes
+    /// nothing, what was there before, or an address out of a pool.
+    fn set_bar(&self, place: Bdf, offset: u8, value: u32) {
+        // SAFETY: a pool has only free addresses (see `MemoryPool::new` and
+        // `PortPool::new`).
+        unsafe { self.write_u32(place, offset, value) };
+    }
+
+    /// Gives the access back when configuration space is needed no longer: the
+    /// ports of a disk can be reached by the same handle.
+    pub fn into_access(self) -> A {
+        self.access
     }
 
     /// The function at a place, if there is one.
@@ -244,12 +304,12 @@ impl<A: ConfigAccess> PciConfig<A> {
     /// Clears bits of the command register.
     pub fn disable(&self, place: Bdf, bits: Command) {
         let command = self.command(place) - bits;
-        self.write_u16(place, header::COMMAND, command.bits());
+        self.set_u16(place, header::COMMAND, command.bits());
     }
 
     /// Sets bits of the command register.
     pub fn enable(&self, place: Bdf, bits: Command) {
         let command = self.command(place) | bits;
-        self.write_u16(place, header::COMMAND, command.bits());
+        self.set_u16(place, header::COMMAND, command.bits());
     }
 }

@@ -1,8 +1,8 @@
-//! Interrupts by message (PCI Local Bus Specification 3.0, §6.8.2).
-#![forbid(unsafe_code)]
+//! MSI-X: interrupts that are writes to memory (PCI Local Bus Specification 3.0, §6.8.2).
+#![allow(unsafe_code)]
 
 use super::{ConfigAccess, MemoryBar, MemoryPool, PciConfig, PciError};
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use pvkit_protocol::pci::msix::{self, Control};
 use pvkit_protocol::pci::{Bdf, Command, capability};
 use thiserror::Error;
@@ -41,6 +41,52 @@ pub enum MsixError {
         /// Number of vectors.
         vectors: u16,
     },
+    /// The vector has no message yet.
+    #[error("vector {vector} has no message: set one before it is unmasked")]
+    NoMessage {
+        /// The vector.
+        vector: u16,
+    },
+}
+
+/// What a vector does when the device interrupts: it writes a word to memory.
+///
+/// On x86 the address is that of a processor's local APIC, and the data names
+/// an entry of its interrupt table. At any other address, memory would be
+/// overwritten, so making a message is `unsafe`:
+///
+/// ```compile_fail,E0133
+/// # use pvkit_guest::pci::MsiMessage;
+/// let message = MsiMessage::new(0x1000, 7);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiMessage {
+    address: u64,
+    data: u32,
+}
+
+impl MsiMessage {
+    /// A write of `data` to `address`.
+    ///
+    /// # Safety
+    /// The device may write `data` to `address` at any time: the address is
+    /// that of an interrupt controller, and the program expects the interrupt.
+    #[must_use]
+    pub const unsafe fn new(address: u64, data: u32) -> Self {
+        Self { address, data }
+    }
+
+    /// The address, in the device's view.
+    #[must_use]
+    pub const fn address(self) -> u64 {
+        self.address
+    }
+
+    /// The word.
+    #[must_use]
+    pub const fn data(self) -> u32 {
+        self.data
+    }
 }
 
 /// The vectors of a function.
@@ -49,9 +95,11 @@ pub enum MsixError {
 /// reads the table: a function that lies about its content changes nothing.
 #[derive(Debug)]
 pub struct Msix<R> {
-    registers: R,
+    registers: OwnedRegisters<R>,
     table: usize,
     vectors: u16,
+    /// One bit for each vector that has a message.
+    set: [u64; msix::MOST as usize / 64],
 }
 
 impl<R: Registers> Msix<R> {
@@ -90,6 +138,7 @@ impl<R: Registers> Msix<R> {
             return Err(bad);
         }
         let registers = map(window).ok_or(MsixError::Map { base: window.base })?;
+        let registers = OwnedRegisters::new(registers);
         let table = usize::try_from(offset).map_err(|_| bad)?;
         let end = usize::try_from(u64::from(offset) + bytes).map_err(|_| bad)?;
         if end > registers.len() {
@@ -99,13 +148,14 @@ impl<R: Registers> Msix<R> {
         // Everything is masked until the table says what to send.
         let masked = Control::ENABLE | Control::FUNCTION_MASK;
         let write = |control: Control| {
-            config.write_u16(place, at + msix::CONTROL, control.bits());
+            config.set_u16(place, at + msix::CONTROL, control.bits());
         };
         write(masked);
         let msix = Self {
             registers,
             table,
             vectors,
+            set: [0; msix::MOST as usize / 64],
         };
         for vector in 0..vectors {
             msix.mask(vector)?;
@@ -120,7 +170,7 @@ impl<R: Registers> Msix<R> {
         if let Some(at) = config.capability(place, capability::MSIX)
             && let Some(control) = at.checked_add(msix::CONTROL)
         {
-            config.write_u16(place, control, 0);
+            config.set_u16(place, control, 0);
         }
         config.disable(place, Command::INTX_DISABLE);
     }
@@ -143,18 +193,22 @@ impl<R: Registers> Msix<R> {
         Ok(self.table + usize::from(vector) * msix::ENTRY_BYTES + field)
     }
 
-    /// Lets a vector write `data` to `address` from now on.
+    /// Gives a vector its message, and lets it through from now on.
     ///
     /// # Errors
     /// [`MsixError::Vector`] if there is no such vector.
-    pub fn set(&self, vector: u16, address: u64, data: u32) -> Result<(), MsixError> {
+    pub fn set(&mut self, vector: u16, message: MsiMessage) -> Result<(), MsixError> {
         self.mask(vector)?;
+        let MsiMessage { address, data } = message;
         for (field, value) in [
             (msix::ADDRESS_LOW, address as u32),
             (msix::ADDRESS_HIGH, (address >> 32) as u32),
             (msix::DATA, data),
         ] {
             self.registers.write_u32(self.entry(vector, field)?, value);
+        }
+        if let Some(word) = self.set.get_mut(usize::from(vector / 64)) {
+            *word |= 1 << (vector % 64);
         }
         self.unmask(vector)
     }
@@ -172,9 +226,15 @@ impl<R: Registers> Msix<R> {
     /// Lets a vector's messages through again, and the pending one.
     ///
     /// # Errors
-    /// [`MsixError::Vector`] if there is no such vector.
+    /// [`MsixError::Vector`] if there is no such vector, and
+    /// [`MsixError::NoMessage`] if it was not [set](Msix::set): the function
+    /// would write to whatever address its table holds.
     pub fn unmask(&self, vector: u16) -> Result<(), MsixError> {
         let at = self.entry(vector, msix::VECTOR_CONTROL)?;
+        let word = self.set.get(usize::from(vector / 64));
+        if word.is_none_or(|word| word & (1 << (vector % 64)) == 0) {
+            return Err(MsixError::NoMessage { vector });
+        }
         self.registers.write_u32(at, 0);
         Ok(())
     }

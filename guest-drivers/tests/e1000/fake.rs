@@ -318,14 +318,17 @@ unsafe impl Registers for Chip {
     fn read_u32(&self, offset: usize) -> u32 {
         self.state().read(offset as u32)
     }
-    fn write_u8(&self, _: usize, _: u8) {
+    unsafe fn write_u8(&self, _: usize, _: u8) {
         panic!("registers have 32 bits")
     }
-    fn write_u16(&self, _: usize, _: u16) {
+    unsafe fn write_u16(&self, _: usize, _: u16) {
         panic!("registers have 32 bits")
     }
-    fn write_u32(&self, offset: usize, value: u32) {
+    unsafe fn write_u32(&self, offset: usize, value: u32) {
         self.state().write(offset as u32, value);
+    }
+    unsafe fn alias(&self) -> Self {
+        self.clone()
     }
 }
 

@@ -409,12 +409,12 @@ impl ConfigAccess for Config {
         }
         self.0.borrow()[usize::from(offset / 4)]
     }
-    fn store_u8(&self, _: Bdf, _: u8, _: u8) {}
-    fn store_u16(&self, _: Bdf, offset: u8, value: u16) {
+    unsafe fn store_u8(&self, _: Bdf, _: u8, _: u8) {}
+    unsafe fn store_u16(&self, _: Bdf, offset: u8, value: u16) {
         assert_eq!(offset, header::COMMAND);
         self.0.borrow_mut()[1] = value.into();
     }
-    fn store_u32(&self, _: Bdf, offset: u8, value: u32) {
+    unsafe fn store_u32(&self, _: Bdf, offset: u8, value: u32) {
         assert_eq!(offset, header::bar(0));
         self.0.borrow_mut()[4] = value & !(self.1 - 1);
     }
@@ -422,7 +422,8 @@ impl ConfigAccess for Config {
 
 #[test]
 fn the_function_is_found_and_its_registers_get_a_place() {
-    let free = || MemoryPool::new(0xe000_0000, 0xe0ff_ffff);
+    // SAFETY: there is no device.
+    let free = || unsafe { MemoryPool::new(0xe000_0000, 0xe0ff_ffff) };
     let access = Config::new(pci::DEVICE, 0x2_0000);
     let config = PciConfig::new(access.clone());
     let function = find(&config).unwrap();

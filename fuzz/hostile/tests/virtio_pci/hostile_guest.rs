@@ -7,6 +7,7 @@ use pvkit_host::pci::PciFunction;
 use pvkit_host::virtio::transport::PciOptions;
 use pvkit_hostile::Noise;
 use pvkit_join::pci::PLACE;
+use pvkit_join::unchecked::Poke;
 use pvkit_protocol::pci::{Command, capability, header, msix};
 use pvkit_protocol::virtio::Features;
 use pvkit_protocol::virtio::pci::{NO_VECTOR, WindowCapability, cfg_type, common};
@@ -38,7 +39,7 @@ impl Scene {
         let config = self.pci.config();
         // A guest may have left anything there.
         for bar in 0..3 {
-            config.write_u32(PLACE, header::bar(bar), 0);
+            config.poke_u32(PLACE, header::bar(bar), 0);
         }
         let transport = self.pci.transport(&mut free);
         let msix = self.pci.msix(&mut free);
@@ -227,9 +228,9 @@ fn the_window_reaches_every_register_and_nothing_else() {
     let at = find(&scene, capability::VENDOR, Some(cfg_type::PCI));
     let data = at + offset_of!(WindowCapability, data) as u8;
     let aim = |bar: u8, offset: u32, length: u32| {
-        config.write_u8(PLACE, at + 4, bar);
-        config.write_u32(PLACE, at + 8, offset);
-        config.write_u32(PLACE, at + 12, length);
+        config.poke_u8(PLACE, at + 4, bar);
+        config.poke_u32(PLACE, at + 8, offset);
+        config.poke_u32(PLACE, at + 12, length);
     };
     // Memory decoding is off, and the window works all the same (§4.1.4.9).
     assert!(!config.command(PLACE).contains(Command::MEMORY));
@@ -238,18 +239,18 @@ fn the_window_reaches_every_register_and_nothing_else() {
     aim(0, DEVICE as u32, 4);
     assert_eq!(config.read_u32(PLACE, data), 64, "the capacity");
     aim(0, common::QUEUE_DESC as u32, 4);
-    config.write_u32(PLACE, data, 0x1234_5678);
+    config.poke_u32(PLACE, data, 0x1234_5678);
     assert_eq!(
         scene.register(common::QUEUE_DESC as u64),
         0x1234_5678u32.to_le_bytes()
     );
     aim(0, common::DEVICE_STATUS as u32, 1);
-    config.write_u8(PLACE, data, 1);
+    config.poke_u8(PLACE, data, 1);
     assert_eq!(scene.register(common::DEVICE_STATUS as u64), [1]);
     aim(2, 12, 4);
     assert_eq!(config.read_u32(PLACE, data), msix::MASKED);
     aim(0, DOORBELL as u32, 2);
-    config.write_u16(PLACE, data, 0);
+    config.poke_u16(PLACE, data, 0);
 
     for (bar, offset, length) in [
         (0u8, 0u32, 0u32),
@@ -269,10 +270,10 @@ fn the_window_reaches_every_register_and_nothing_else() {
         (7, 0, 4),
         (255, 0, 4),
     ] {
-        config.write_u32(PLACE, data, 0);
+        config.poke_u32(PLACE, data, 0);
         aim(bar, offset, length);
         let before: [u8; 60] = scene.register(COMMON);
-        config.write_u32(PLACE, data, 0xabab_abab);
+        config.poke_u32(PLACE, data, 0xabab_abab);
         assert_eq!(
             config.read_u32(PLACE, data),
             0xabab_abab,
@@ -295,9 +296,9 @@ fn configuration_space_takes_noise_and_the_device_goes_on() {
             let offset = noise.next_u64() as u8;
             let value = noise.next_u64() as u32;
             match noise.below(4) {
-                0 => config.write_u8(PLACE, offset, value as u8),
-                1 => config.write_u16(PLACE, offset & !1, value as u16),
-                2 => config.write_u32(PLACE, offset & !3, value),
+                0 => config.poke_u8(PLACE, offset, value as u8),
+                1 => config.poke_u16(PLACE, offset & !1, value as u16),
+                2 => config.poke_u32(PLACE, offset & !3, value),
                 _ => _ = config.read_u32(PLACE, offset & !3),
             }
             // And wherever its windows are by now.
@@ -334,7 +335,7 @@ fn a_table_full_of_noise_interrupts_only_as_it_says() {
         scene.pci.device().read_bar(2, offset, &mut data[..width]);
         if round % 50 == 0 {
             let control = noise.next_u64() as u16;
-            config.write_u16(PLACE, capability + msix::CONTROL, control);
+            config.poke_u16(PLACE, capability + msix::CONTROL, control);
             pvkit_guest::block::BlockQueue::arm(&mut queue);
             scene.read(&mut queue, round % 64);
         }

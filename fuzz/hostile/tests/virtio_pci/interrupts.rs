@@ -8,6 +8,7 @@ use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::transport::{Events, Transport as _, VectorError};
 use pvkit_host::virtio::transport::PciOptions;
 use pvkit_join::pci::{AnyWire, PLACE};
+use pvkit_join::unchecked::message;
 use pvkit_protocol::pci::{Command, Status, header};
 use pvkit_protocol::virtio::Features;
 
@@ -180,7 +181,7 @@ fn vectors_that_cannot_be_are_reported() {
         let scene = Scene::new(PciOptions::default().with_vectors(vectors));
         let mut free = scene.pci.free();
         let transport = scene.pci.transport(&mut free);
-        let msix = scene.pci.msix(&mut free);
+        let mut msix = scene.pci.msix(&mut free);
         let space = scene.arena.space();
         let transport = transport.with_msix(&msix);
         let error = Block::open::<Vec<u8>, _>(transport, space, asked).unwrap_err();
@@ -189,7 +190,7 @@ fn vectors_that_cannot_be_are_reported() {
         let expected = InitError::Vector(VectorError::Refused { vector, read });
         assert_eq!(error, expected);
         assert_eq!(
-            msix.set(vectors, 0, 0),
+            msix.set(vectors, message(0, 0)),
             Err(MsixError::Vector {
                 vector: vectors,
                 vectors

@@ -1,12 +1,13 @@
 //! A function that lies: capabilities that go in circles, structures that lie
 //! nowhere, registers of impossible sizes.
 
-use pvkit_guest::pci::{MemoryBar, MemoryPool, MsixError, PciError};
+use pvkit_guest::pci::{MemoryBar, MsixError, PciError};
 use pvkit_guest::virtio::block::{Block, BlockOptions};
 use pvkit_guest::virtio::init::InitError;
 use pvkit_guest::virtio::transport::{PciTransport, PciTransportError, Transport};
 use pvkit_hostile::function::{LyingFunction, PLACE, Wall};
 use pvkit_join::arena::Arena;
+use pvkit_join::unchecked::{memory_pool, message};
 use pvkit_protocol::pci::{Command, capability, header};
 use pvkit_protocol::virtio::pci::{VENDOR, cfg_type, common};
 
@@ -211,12 +212,12 @@ fn base_address_registers_that_cannot_be() {
     assert_eq!(error, PciError::NoMemory(1 << 63).into());
     // A pool that is too small, and a kernel that does not map.
     let liar = LyingFunction::honest();
-    let mut none = MemoryPool::new(0xe000_0000, 0xe000_0fff);
+    let mut none = memory_pool(0xe000_0000, 0xe000_0fff);
     let error = PciTransport::new(&liar.config(), &liar.function(), &mut none, |_| {
         Some(Wall::new(0x4000))
     });
     assert_eq!(error.unwrap_err(), PciError::NoMemory(0x4000).into());
-    let mut free = MemoryPool::new(0xe000_0000, 0xe0ff_ffff);
+    let mut free = memory_pool(0xe000_0000, 0xe0ff_ffff);
     let error = PciTransport::new(
         &liar.config(),
         &liar.function(),
@@ -261,10 +262,18 @@ fn vectors_that_lie_nowhere() {
         .put(0xf8, &[capability::MSIX, 0]);
     assert_eq!(liar.msix().unwrap_err(), MsixError::Absent);
     // One that fits exactly.
-    let msix = table(3, 0x3fc0).msix().unwrap();
+    let mut msix = table(3, 0x3fc0).msix().unwrap();
     assert_eq!(msix.vectors(), 4);
-    msix.set(3, u64::MAX, 7).unwrap();
-    assert!(msix.set(4, 0, 0).is_err());
+    assert_eq!(
+        msix.unmask(3),
+        Err(MsixError::NoMessage { vector: 3 }),
+        "it would write to whatever address the table holds"
+    );
+    msix.set(3, message(u64::MAX, 7)).unwrap();
+    msix.mask(3).unwrap();
+    msix.unmask(3).unwrap();
+    assert!(msix.set(4, message(0, 0)).is_err());
+    assert!(msix.unmask(4).is_err());
 }
 
 /// A transport whose registers read as `values` say.
@@ -272,7 +281,7 @@ fn with_values(values: &[(usize, u32)]) -> (PciTransport<Wall>, Wall) {
     let liar = LyingFunction::honest();
     let wall = Wall::new(0x4000);
     wall.values.lock().unwrap().extend(values.iter().copied());
-    let mut free = MemoryPool::new(0xe000_0000, 0xe0ff_ffff);
+    let mut free = memory_pool(0xe000_0000, 0xe0ff_ffff);
     let transport = PciTransport::new(&liar.config(), &liar.function(), &mut free, |_| {
         Some(wall.clone())
     });

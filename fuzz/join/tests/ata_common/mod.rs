@@ -447,14 +447,17 @@ unsafe impl PortIo for Liar {
     fn read_u32(&self, port: u16) -> u32 {
         self.tell(port, self.wire.read_u32(port))
     }
-    fn write_u8(&self, port: u16, value: u8) {
+    unsafe fn write_u8(&self, port: u16, value: u8) {
         self.wire.write_u8(port, value);
     }
-    fn write_u16(&self, port: u16, value: u16) {
+    unsafe fn write_u16(&self, port: u16, value: u16) {
         self.wire.write_u16(port, value);
     }
-    fn write_u32(&self, port: u16, value: u32) {
+    unsafe fn write_u32(&self, port: u16, value: u32) {
         self.wire.write_u32(port, value);
+    }
+    unsafe fn alias(&self) -> Self {
+        self.clone()
     }
     unsafe fn read_words(&self, port: u16, words: NonNull<[u16]>) {
         let start = words.cast::<u16>();

@@ -173,7 +173,8 @@ unsafe fn write_part<P: PortIo>(
         // SAFETY: parts are not empty, so there is a byte, and then `at` is at
         // most one past the end.
         let second = unsafe { at.read() };
-        ports.write_u16(port, u16::from_le_bytes([first, second]));
+        // SAFETY: a word of data, not a command.
+        unsafe { ports.write_u16(port, u16::from_le_bytes([first, second])) };
         // SAFETY: as above.
         at = unsafe { at.add(1) };
         len -= 1;

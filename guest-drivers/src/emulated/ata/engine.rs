@@ -5,7 +5,7 @@ use super::AtaError;
 use crate::dma::{Direction, DmaBuf, DmaError, DmaRegion, DmaSpace, Segment};
 use crate::fault::Fault;
 use crate::lent::{Lent, Window};
-use crate::register::PortIo;
+use crate::register::{OwnedPorts, PortIo};
 use crate::storage::Storage;
 use core::alloc::Layout;
 use core::fmt;
@@ -122,7 +122,7 @@ struct Loaded<B: DmaBuf> {
 
 /// The bus master of a channel.
 pub(super) struct Engine<B: DmaBuf, P, S: DmaSpace<Addr = u64>> {
-    ports: P,
+    ports: OwnedPorts<P>,
     /// First of its ports.
     base: u16,
     space: S,
@@ -148,7 +148,7 @@ impl<B: DmaBuf, P: PortIo, S: DmaSpace<Addr = u64>> Engine<B, P, S> {
     /// The bus master at `base`, for buffers of up to as many segments as
     /// there is room for.
     pub(super) fn new(
-        ports: P,
+        ports: OwnedPorts<P>,
         base: u16,
         space: S,
         room: Storage<Segment<u64>>,

@@ -35,10 +35,11 @@
 //! use pvkit_guest::register::CpuPorts;
 //!
 //! # fn example(ports: CpuPorts, space: LinearSpace) -> Option<()> {
-//! let pci = PciConfig::new(ports.clone());
-//! let mut free = PortPool::new(0xc000, 0xcfff);
+//! let pci = PciConfig::new(ports);
+//! // SAFETY: no device is there.
+//! let mut free = unsafe { PortPool::new(0xc000, 0xcfff) };
 //! let [primary, _] = find_controller(&pci, &mut free).ok()??;
-//! let mut disk = Ata::open(ports, space, primary, AtaOptions::default()).ok()?;
+//! let mut disk = Ata::open(pci.into_access(), space, primary, AtaOptions::default()).ok()?;
 //! let buffer = vec![0u8; 4096];
 //! disk.submit(BlockOp::Read { sector: 0 }, Some(buffer), 1).ok()?;
 //! disk.publish();

@@ -41,7 +41,7 @@ pub fn find_controller<P: PortIo>(
         // Firmware may have left the channels off.
         for timing in [piix3::IDETIM_PRIMARY, piix3::IDETIM_SECONDARY] {
             let value = pci.read_u16(place, timing) | piix3::IDETIM_DECODE_ENABLE;
-            pci.write_u16(place, timing, value);
+            pci.set_u16(place, timing, value);
         }
     }
     let mut bus_master = [None; 2];

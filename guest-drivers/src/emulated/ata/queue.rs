@@ -12,7 +12,7 @@ use crate::block::{
 };
 use crate::dma::{Direction, DmaBufMut, DmaSpace, Segment};
 use crate::fault::Fault;
-use crate::register::PortIo;
+use crate::register::{OwnedPorts, PortIo};
 use crate::storage::Storage;
 use core::fmt;
 use pvkit_protocol::emulated::ata::{Status, command};
@@ -132,6 +132,7 @@ impl<B: DmaBufMut, P: PortIo, S: DmaSpace<Addr = u64>> Ata<B, P, S> {
         options: AtaOptions,
         room: Storage<Segment<u64>>,
     ) -> Result<Self, AtaError> {
+        let ports = OwnedPorts::new(ports);
         let registers = Registers::new(ports.clone(), channel, options.drive);
         let polls = options.max_polls.max(1);
         let master = match options.mode {

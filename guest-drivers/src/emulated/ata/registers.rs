@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{AtaError, Channel, Completion, Drive};
-use crate::register::PortIo;
+use crate::register::{OwnedPorts, PortIo};
 use pvkit_protocol::emulated::ata::{
     Control, Device, LIMIT_LBA28, MAX_SECTORS_LBA28, Status, TaskFile, register,
 };
@@ -18,7 +18,7 @@ const RESET_READS: u32 = 8;
 /// Registers of the drive that is in use.
 #[derive(Debug)]
 pub(super) struct Registers<P> {
-    ports: P,
+    ports: OwnedPorts<P>,
     at: Channel,
     /// What the device register holds besides address bits.
     select: u8,
@@ -51,7 +51,7 @@ pub(super) struct Code {
 }
 
 impl<P: PortIo> Registers<P> {
-    pub(super) fn new(ports: P, at: Channel, drive: Drive) -> Self {
+    pub(super) fn new(ports: OwnedPorts<P>, at: Channel, drive: Drive) -> Self {
         let device = match drive {
             Drive::Zero => Device::OBSOLETE | Device::LBA,
             Drive::One => Device::OBSOLETE | Device::LBA | Device::DEV,
@@ -64,7 +64,7 @@ impl<P: PortIo> Registers<P> {
     }
 
     pub(super) fn ports(&self) -> &P {
-        &self.ports
+        self.ports.ports()
     }
 
     /// A port of the command block; behind the last one comes the first, as

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::E1000Error;
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use core::cell::Cell;
 use core::fmt;
 
@@ -19,7 +19,7 @@ pub struct ControlCounters {
 
 /// The registers.
 pub(super) struct Chip<R> {
-    registers: R,
+    registers: OwnedRegisters<R>,
     polls: u32,
     counters: Cell<ControlCounters>,
 }
@@ -35,7 +35,7 @@ impl<R> fmt::Debug for Chip<R> {
 
 impl<R: Registers> Chip<R> {
     /// Waits read a register so often at most.
-    pub(super) fn new(registers: R, polls: u32) -> Self {
+    pub(super) fn new(registers: OwnedRegisters<R>, polls: u32) -> Self {
         Self {
             registers,
             polls: polls.max(1),
@@ -44,7 +44,7 @@ impl<R: Registers> Chip<R> {
     }
 
     /// The window.
-    pub(super) fn registers(&self) -> R {
+    pub(super) fn registers(&self) -> OwnedRegisters<R> {
         self.registers.clone()
     }
 

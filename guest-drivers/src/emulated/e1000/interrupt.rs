@@ -3,7 +3,7 @@
 
 use super::{Masking, receive};
 use crate::fault::Fault;
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use core::fmt;
 use pvkit_protocol::emulated::e1000::{Cause, register};
 
@@ -21,7 +21,7 @@ pub struct InterruptCounters {
 
 /// The handler's part of an [`E1000`](super::E1000). One at a time is used.
 pub struct E1000Interrupts<R> {
-    registers: R,
+    registers: OwnedRegisters<R>,
     masking: Masking,
     counters: InterruptCounters,
 }
@@ -36,7 +36,7 @@ impl<R> fmt::Debug for E1000Interrupts<R> {
 }
 
 impl<R: Registers> E1000Interrupts<R> {
-    pub(super) fn new(registers: R, masking: Masking) -> Self {
+    pub(super) fn new(registers: OwnedRegisters<R>, masking: Masking) -> Self {
         Self {
             registers,
             masking,

@@ -11,7 +11,7 @@ use crate::dma::{DmaBuf, DmaSpace};
 use crate::fault::Fault;
 use crate::net::{LinkStatus, MacAddress, NetBuf, NetLimits, Offloads};
 use crate::quiesce::ResetEpoch;
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use crate::storage::Storage;
 use core::fmt;
 use pvkit_protocol::emulated::e1000::phy as phy_register;
@@ -164,7 +164,7 @@ impl<R: Registers> E1000<R> {
         storage: E1000Storage<B, C>,
     ) -> Opened<B, C, S, R> {
         let rctl = receive_control(&options)?;
-        let chip = Chip::new(registers, options.max_polls);
+        let chip = Chip::new(OwnedRegisters::new(registers), options.max_polls);
         let mut epoch = ResetEpoch::new();
         reset(&chip, &mut epoch)?;
         let mac = eeprom::address(&chip)?;

@@ -36,7 +36,8 @@
 //! # fn map(_: pvkit_guest::pci::MemoryBar) -> Option<MmioRegisters> { None }
 //! # fn example(ports: CpuPorts, space: LinearSpace, frame: &[u8]) -> Option<()> {
 //! let pci = PciConfig::new(ports);
-//! let mut free = MemoryPool::new(0xe000_0000, 0xefff_ffff);
+//! // SAFETY: neither memory nor devices are there.
+//! let mut free = unsafe { MemoryPool::new(0xe000_0000, 0xefff_ffff) };
 //! let registers = attach(&pci, &find(&pci)?, &mut free, map).ok()?;
 //! let options = E1000Options::default();
 //! let (card, mut tx, mut rx) =

@@ -8,7 +8,7 @@ use crate::fault::Fault;
 use crate::lent::Window;
 use crate::net::{Checksum, FrameMeta, HeldFrame, NetBuf, NetRx, RxFrame};
 use crate::quiesce::Quiesced;
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use crate::storage::Storage;
 use core::fmt;
 use pvkit_protocol::emulated::e1000::{Cause, RxDescriptor, RxError, RxStatus, register};
@@ -92,7 +92,7 @@ struct Current {
 /// buffers, for the device may still write to them.
 pub struct E1000Rx<C: DmaBuf, S: DmaSpace<Addr = u64>, R> {
     ring: Ring<C, S, R>,
-    registers: R,
+    registers: OwnedRegisters<R>,
     setup: ReceiveSetup,
     /// Buffers that the device does not have, each at its place in the ring.
     stock: Storage<Option<C>>,
@@ -122,7 +122,7 @@ impl<C: NetBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Rx<C, S, R> {
     /// more.
     pub(super) fn new(
         ring: Ring<C, S, R>,
-        registers: R,
+        registers: OwnedRegisters<R>,
         setup: ReceiveSetup,
         stock: Storage<Option<C>>,
     ) -> Result<Self, E1000Error> {

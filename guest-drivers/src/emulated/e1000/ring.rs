@@ -15,7 +15,7 @@ use crate::barrier::{self, Order};
 use crate::dma::{Direction, DmaBuf, DmaError, DmaRegion, DmaSpace, Segment};
 use crate::lent::{Lent, Window};
 use crate::quiesce::{QueueIdentity, Quiesced, ResetEpoch};
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use crate::storage::Storage;
 use core::alloc::Layout;
 use core::fmt;
@@ -122,7 +122,7 @@ struct Shared<B: DmaBuf, S: DmaSpace> {
 pub(super) struct Ring<B: DmaBuf, S: DmaSpace<Addr = u64>, R> {
     shared: ManuallyDrop<Shared<B, S>>,
     space: S,
-    registers: R,
+    registers: OwnedRegisters<R>,
     /// First register of its block.
     base: u32,
     /// Register that it rings with.
@@ -144,7 +144,7 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> Ring<B, S, R> {
     /// does not know it yet. `base` is the first register of its block.
     pub(super) fn new(
         space: &S,
-        registers: R,
+        registers: OwnedRegisters<R>,
         base: u32,
         size: u16,
         most: u16,
@@ -522,9 +522,12 @@ mod tests {
         fn read_u32(&self, _: usize) -> u32 {
             !0
         }
-        fn write_u8(&self, _: usize, _: u8) {}
-        fn write_u16(&self, _: usize, _: u16) {}
-        fn write_u32(&self, _: usize, _: u32) {}
+        unsafe fn write_u8(&self, _: usize, _: u8) {}
+        unsafe fn write_u16(&self, _: usize, _: u16) {}
+        unsafe fn write_u32(&self, _: usize, _: u32) {}
+        unsafe fn alias(&self) -> Self {
+            Self
+        }
     }
 
     #[test]
@@ -535,8 +538,8 @@ mod tests {
         let id = epoch.queue(0);
         let storage = RingStorage::heap(8, 1);
         let mut ring: Ring<Vec<u8>, _, _> =
-            Ring::new(&space, Nothing, 0, 8, 1, id, storage).unwrap();
-        ring.expose(&Chip::new(Nothing, 1), id);
+            Ring::new(&space, OwnedRegisters::new(Nothing), 0, 8, 1, id, storage).unwrap();
+        ring.expose(&Chip::new(OwnedRegisters::new(Nothing), 1), id);
         // Two descriptors for each of four buffers, with words that say "done".
         for first in [0, 2, 4, 6] {
             assert_eq!(

@@ -8,7 +8,7 @@ use crate::dma::{Direction, DmaBuf, DmaError, DmaSpace, Segment};
 use crate::fault::Fault;
 use crate::lent::Window;
 use crate::net::{FrameMeta, HEADROOM, NetBuf, NetLimits, NetTx, Offloads, Reason, Refused};
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use core::fmt;
 use pvkit_protocol::emulated::e1000::descriptor::MAX_LEGACY_BYTES;
 use pvkit_protocol::emulated::e1000::{Cause, DataDescriptor, TxCommand, register};
@@ -99,7 +99,7 @@ pub(super) struct TransmitSetup {
 /// buffers, for the device may still read them.
 pub struct E1000Tx<B: DmaBuf, S: DmaSpace<Addr = u64>, R> {
     ring: Ring<B, S, R>,
-    registers: R,
+    registers: OwnedRegisters<R>,
     setup: TransmitSetup,
     /// Descriptors of the oldest frame that was not handed back.
     taken: u64,
@@ -129,7 +129,11 @@ impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R> fmt::Debug for E1000Tx<B, S, R> {
 }
 
 impl<B: DmaBuf, S: DmaSpace<Addr = u64>, R: Registers> E1000Tx<B, S, R> {
-    pub(super) fn new(ring: Ring<B, S, R>, registers: R, setup: TransmitSetup) -> Self {
+    pub(super) fn new(
+        ring: Ring<B, S, R>,
+        registers: OwnedRegisters<R>,
+        setup: TransmitSetup,
+    ) -> Self {
         Self {
             ring,
             registers,

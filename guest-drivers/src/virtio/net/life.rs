@@ -311,7 +311,7 @@ impl<T: Transport, S: DmaSpace<Addr = u64>> Net<T, S> {
     }
 
     fn make_queue<B: DmaBuf, X: Extra>(
-        &self,
+        &mut self,
         space: &S,
         shape: QueueShape,
         memory: QueueStorage<B, X>,

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::doorbell::{Doorbell, Position};
 use crate::quiesce::{QueueIdentity, Quiesced, ResetEpoch};
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use pvkit_protocol::virtio::mmio::{self, InterruptStatus};
 use pvkit_protocol::virtio::{DeviceStatus, Features, device_id};
 use thiserror::Error;
@@ -14,7 +14,7 @@ use thiserror::Error;
 /// A device behind a window of registers.
 #[derive(Debug)]
 pub struct MmioTransport<R> {
-    registers: R,
+    registers: OwnedRegisters<R>,
     device_id: u32,
     epoch: ResetEpoch,
     reset_reads: u32,
@@ -55,6 +55,7 @@ impl<R: Registers> MmioTransport<R> {
     /// # Errors
     /// [`MmioError`] says what is there instead.
     pub fn new(registers: R) -> Result<Self, MmioError> {
+        let registers = OwnedRegisters::new(registers);
         if registers.len() < mmio::REGISTERS_BYTES {
             return Err(MmioError::Window {
                 bytes: registers.len(),
@@ -89,11 +90,11 @@ impl<R: Registers> MmioTransport<R> {
         self
     }
 
-    fn select(&self, queue: u16) {
+    fn select(&mut self, queue: u16) {
         self.registers.write_u32(mmio::QUEUE_SEL, u32::from(queue));
     }
 
-    fn write_u64(&self, low: usize, high: usize, value: u64) {
+    fn write_u64(&mut self, low: usize, high: usize, value: u64) {
         self.registers.write_u32(low, value as u32);
         self.registers.write_u32(high, (value >> 32) as u32);
     }
@@ -132,7 +133,19 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
         wait_zero(self.reset_reads, || {
             self.registers.read_u32(mmio::QUEUE_RESET)
         })?;
-        // SAFETY: the register reads 0: the queue's reset is over.
+        // The registers of this queue are to say so, not those of another one
+        // that was selected meanwhile: the proof is about this one. After its
+        // reset a queue is not ready (§4.2.2.1).
+        self.select(queue);
+        let left =
+            self.registers.read_u32(mmio::QUEUE_RESET) | self.registers.read_u32(mmio::QUEUE_READY);
+        if left != 0 {
+            return Err(ResetTimeout {
+                status: left as u8,
+                reads: 1,
+            });
+        }
+        // SAFETY: both registers read 0: the queue's reset is over.
         Ok(unsafe { self.epoch.end_queue(queue) })
     }
 
@@ -202,7 +215,7 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
         self.registers.write_u32(mmio::QUEUE_READY, 1);
     }
 
-    fn doorbell(&self, _queue: u16) -> MmioDoorbell<R> {
+    fn doorbell(&mut self, _queue: u16) -> MmioDoorbell<R> {
         MmioDoorbell {
             registers: self.registers.clone(),
             notification_data: self.notification_data,
@@ -230,9 +243,9 @@ unsafe impl<R: Registers> Transport for MmioTransport<R> {
 }
 
 /// The notification register of a device.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct MmioDoorbell<R> {
-    registers: R,
+    registers: OwnedRegisters<R>,
     notification_data: bool,
 }
 
@@ -245,5 +258,93 @@ impl<R: Registers> Doorbell for MmioDoorbell<R> {
             u32::from(at.queue)
         };
         self.registers.write_u32(mmio::QUEUE_NOTIFY, value);
+    }
+}
+
+#[cfg(all(test, feature = "alloc"))]
+mod tests {
+    use super::{MmioTransport, Transport};
+    use crate::register::Registers;
+    use alloc::rc::Rc;
+    use alloc::vec;
+    use alloc::vec::Vec;
+    use core::cell::{Cell, RefCell};
+    use pvkit_protocol::virtio::mmio;
+
+    /// A device with two queues. After a queue's reset has begun, something
+    /// else may move the selector, or the device may leave the queue ready.
+    struct Device {
+        ready: RefCell<Vec<u32>>,
+        selected: Cell<u32>,
+        /// The queue that is selected as soon as a reset was asked for.
+        moved_to: Option<u32>,
+        stays_ready: bool,
+    }
+
+    #[derive(Clone)]
+    struct Window(Rc<Device>);
+
+    // SAFETY: the device is a value of the test. It stays on one thread.
+    unsafe impl Send for Window {}
+
+    // SAFETY: touches only the device's own cells.
+    unsafe impl Registers for Window {
+        fn len(&self) -> usize {
+            0x200
+        }
+        fn read_u8(&self, _: usize) -> u8 {
+            0
+        }
+        fn read_u16(&self, _: usize) -> u16 {
+            0
+        }
+        fn read_u32(&self, offset: usize) -> u32 {
+            match offset {
+                mmio::MAGIC_VALUE => mmio::MAGIC,
+                mmio::VERSION => mmio::CURRENT_VERSION,
+                mmio::DEVICE_ID => 2,
+                mmio::QUEUE_READY => self.0.ready.borrow()[self.0.selected.get() as usize],
+                _ => 0,
+            }
+        }
+        unsafe fn write_u8(&self, _: usize, _: u8) {}
+        unsafe fn write_u16(&self, _: usize, _: u16) {}
+        unsafe fn write_u32(&self, offset: usize, value: u32) {
+            let device = &self.0;
+            match offset {
+                mmio::QUEUE_SEL => device.selected.set(value),
+                mmio::QUEUE_RESET => {
+                    let queue = device.moved_to.unwrap_or(device.selected.get());
+                    device.selected.set(queue);
+                    if !device.stays_ready {
+                        device.ready.borrow_mut()[queue as usize] = 0;
+                    }
+                }
+                _ => {}
+            }
+        }
+        unsafe fn alias(&self) -> Self {
+            self.clone()
+        }
+    }
+
+    fn reset(moved_to: Option<u32>, stays_ready: bool) -> bool {
+        let device = Rc::new(Device {
+            ready: RefCell::new(vec![1, 1]),
+            selected: Cell::new(0),
+            moved_to,
+            stays_ready,
+        });
+        let mut transport = MmioTransport::new(Window(device)).unwrap();
+        let queue = transport.identity(1);
+        let proof = transport.reset_queue(1);
+        proof.is_ok_and(|proof| proof.covers(queue))
+    }
+
+    #[test]
+    fn queue_reset_is_proved_for_its_own_queue() {
+        assert!(reset(None, false));
+        assert!(!reset(Some(0), false), "the other queue was reset");
+        assert!(!reset(None, true), "the queue is still ready");
     }
 }

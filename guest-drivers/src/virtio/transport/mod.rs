@@ -161,7 +161,7 @@ pub unsafe trait Transport: Send {
     }
 
     /// The doorbell of a queue.
-    fn doorbell(&self, queue: u16) -> Self::Doorbell;
+    fn doorbell(&mut self, queue: u16) -> Self::Doorbell;
 
     /// Says why the device interrupted by a line, or by the vector of a queue,
     /// and acknowledges that. Touches no register where the vector says it

@@ -12,7 +12,7 @@ use super::{
 use crate::doorbell::{Doorbell, Position};
 use crate::pci::Msix;
 use crate::quiesce::{QueueIdentity, Quiesced, ResetEpoch};
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use find::Structure;
 use pvkit_protocol::pci::msix;
 use pvkit_protocol::virtio::pci::{IsrStatus, NO_VECTOR, common};
@@ -25,7 +25,7 @@ use pvkit_protocol::virtio::{DeviceStatus, Features};
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use core::ptr::{self, NonNull};
 /// use pvkit_guest::dma::LinearSpace;
-/// use pvkit_guest::pci::{MemoryBar, MemoryPool, Msix, PciConfig};
+/// use pvkit_guest::pci::{MemoryBar, MemoryPool, MsiMessage, Msix, PciConfig};
 /// use pvkit_guest::register::{CpuPorts, MmioRegisters};
 /// use pvkit_guest::virtio::transport::PciTransport;
 /// use pvkit_guest::virtio::{Block, BlockOptions};
@@ -33,7 +33,8 @@ use pvkit_protocol::virtio::{DeviceStatus, Features};
 /// // SAFETY: this program may use ports, and nobody else uses these.
 /// let config = PciConfig::new(unsafe { CpuPorts::new() });
 /// // For windows that firmware left without an address.
-/// let mut free = MemoryPool::new(0xe000_0000, 0xefff_ffff);
+/// // SAFETY: neither memory nor devices are there.
+/// let mut free = unsafe { MemoryPool::new(0xe000_0000, 0xefff_ffff) };
 /// let map = |bar: MemoryBar| {
 ///     let base = NonNull::new(ptr::with_exposed_provenance_mut(bar.base as usize))?;
 ///     // SAFETY: all memory is identity mapped, and this part of it uncached;
@@ -42,9 +43,9 @@ use pvkit_protocol::virtio::{DeviceStatus, Features};
 /// };
 /// let disk = config.find(0x1af4, 0x1042).ok_or("no virtio-blk")?;
 /// let transport = PciTransport::new(&config, &disk, &mut free, map)?;
-/// let msix = Msix::enable(&config, disk.place, &mut free, map)?;
-/// // Vector 0 interrupts CPU 0 as its interrupt 0x40.
-/// msix.set(0, 0xfee0_0000, 0x40)?;
+/// let mut msix = Msix::enable(&config, disk.place, &mut free, map)?;
+/// // SAFETY: interrupt 0x40 of CPU 0, which has a handler.
+/// msix.set(0, unsafe { MsiMessage::new(0xfee0_0000, 0x40) })?;
 /// // SAFETY: memory is identity mapped, for devices too.
 /// let space = unsafe { LinearSpace::new(0) };
 /// let options = BlockOptions {
@@ -131,11 +132,11 @@ impl<R: Registers> PciTransport<R> {
         self
     }
 
-    fn select(&self, queue: u16) {
+    fn select(&mut self, queue: u16) {
         self.common.write_u16(common::QUEUE_SELECT, queue);
     }
 
-    fn write_u64(&self, offset: usize, value: u64) {
+    fn write_u64(&mut self, offset: usize, value: u64) {
         self.common.write_u32(offset, value as u32);
         self.common.write_u32(offset + 4, (value >> 32) as u32);
     }
@@ -243,7 +244,21 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
         wait_zero(self.reset_reads, || {
             u32::from(self.common.read_u16(common::QUEUE_RESET))
         })?;
-        // SAFETY: the field reads 0: the queue's reset is over.
+        // The fields of this queue are to say so, not those of another one that
+        // was selected meanwhile: the proof is about this one. After its reset
+        // a queue is not enabled (§4.1.4.3.1).
+        self.select(queue);
+        let selected = self.common.read_u16(common::QUEUE_SELECT);
+        let left = self.common.read_u16(common::QUEUE_RESET)
+            | self.common.read_u16(common::QUEUE_ENABLE)
+            | (selected ^ queue);
+        if left != 0 {
+            return Err(ResetTimeout {
+                status: self.status().bits(),
+                reads: 1,
+            });
+        }
+        // SAFETY: both fields read 0: the queue's reset is over.
         Ok(unsafe { self.epoch.end_queue(queue) })
     }
 
@@ -337,7 +352,7 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
         Ok(())
     }
 
-    fn doorbell(&self, queue: u16) -> PciDoorbell<R> {
+    fn doorbell(&mut self, queue: u16) -> PciDoorbell<R> {
         self.select(queue);
         PciDoorbell {
             registers: self.notify.registers(),
@@ -365,9 +380,9 @@ unsafe impl<R: Registers> Transport for PciTransport<R> {
 }
 
 /// The doorbell of one queue.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct PciDoorbell<R> {
-    registers: R,
+    registers: OwnedRegisters<R>,
     offset: usize,
     notification_data: bool,
 }

@@ -5,7 +5,7 @@
 use super::{PciTransport, RESET_READS};
 use crate::pci::{ConfigAccess, Function, MemoryBar, MemoryPool, PciConfig, PciError};
 use crate::quiesce::ResetEpoch;
-use crate::register::Registers;
+use crate::register::{OwnedRegisters, Registers};
 use pvkit_protocol::pci::{Command, capability, header};
 use pvkit_protocol::virtio::pci::{self as wire, Capability, NotifyCapability, cfg_type, common};
 use thiserror::Error;
@@ -70,9 +70,9 @@ pub enum PciTransportError {
 
 /// A structure in a window: accesses beyond it read as all ones, or do
 /// nothing.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Structure<R> {
-    registers: R,
+    registers: OwnedRegisters<R>,
     offset: usize,
     len: usize,
 }
@@ -85,7 +85,7 @@ impl<R: Registers> Structure<R> {
     }
 
     /// The window.
-    pub(super) fn registers(&self) -> R {
+    pub(super) fn registers(&self) -> OwnedRegisters<R> {
         self.registers.clone()
     }
 
@@ -123,17 +123,20 @@ impl<R: Registers> Structure<R> {
     }
 }
 
+/// What a base address register decodes.
+type Window<R> = (MemoryBar, OwnedRegisters<R>);
+
 /// The windows of a function, each looked at once.
 struct Windows<R> {
-    found: [Option<Result<(MemoryBar, R), PciTransportError>>; header::BARS as usize],
+    found: [Option<Result<Window<R>, PciTransportError>>; header::BARS as usize],
 }
 
-impl<R: Clone> Windows<R> {
+impl<R: Registers> Windows<R> {
     fn get(
         &mut self,
         bar: u8,
-        look: impl FnOnce() -> Result<(MemoryBar, R), PciTransportError>,
-    ) -> Result<(MemoryBar, R), PciTransportError> {
+        look: impl FnOnce() -> Result<Window<R>, PciTransportError>,
+    ) -> Result<Window<R>, PciTransportError> {
         let place = self.found.get_mut(usize::from(bar));
         let place = place.ok_or(PciError::NoBar(bar))?;
         place.get_or_insert_with(look).clone()
@@ -213,7 +216,7 @@ impl<R: Registers> PciTransport<R> {
                 let window = config.assign_memory(place, bar, free)?;
                 let base = window.base;
                 let registers = map(window).ok_or(PciTransportError::Map { base })?;
-                Ok((window, registers))
+                Ok((window, OwnedRegisters::new(registers)))
             };
             let usable = check_length(at, &found.capability)
                 .and_then(|()| check_multiplier(&found))
@@ -279,7 +282,7 @@ fn check_multiplier(found: &NotifyCapability) -> Result<(), PciTransportError> {
 /// The structure that a capability means, in its window.
 fn locate<R: Registers>(
     capability: &Capability,
-    (window, registers): (MemoryBar, R),
+    (window, registers): Window<R>,
 ) -> Result<Structure<R>, PciTransportError> {
     let Capability {
         cfg_type,
