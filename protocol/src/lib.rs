@@ -16,6 +16,7 @@
 //!   [`inet`], as much of the Internet protocols as offloads need.
 //! - [`pci`]: configuration mechanism 1, the type 0 configuration header,
 //!   capabilities and MSI-X.
+//! - [`detect`]: which hypervisor and container a machine runs on.
 //! - [`pvh`]: how a virtual machine monitor starts an ELF image.
 //!
 //! Structures that lie in shared memory derive the `zerocopy` traits and use
@@ -25,6 +26,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod detect;
 pub mod emulated;
 pub mod frame;
 pub mod inet;
