@@ -1,6 +1,7 @@
 //! What the tests of joined block devices share.
 #![allow(
     dead_code,
+    unused_imports,
     unreachable_pub,
     reason = "each test file uses its own part"
 )]
